@@ -1,0 +1,132 @@
+// Dense k x k convolution + BatchNorm + activation, meant for a network's stem (3 input channels) and right for any count.
+//
+// Input rows are copied, with their side padding, into a ring of kernel-height rows that stays in L1; the convolution of an output
+// row is then a matrix product whose left operand is read from the ring in runs: a kernel row of an NHWC image is one run of
+// kernel_width * channels values. An NCHW image is read as it is, in runs of kernel_width values a channel and kernel row.
+#pragma once
+
+#include "batch_norm-inl.h"
+#include "depthwise-inl.h"
+#include "gemm-inl.h"
+
+namespace fastblocks {
+namespace FASTBLOCKS_LEVEL {
+
+struct ConvRuns {
+  int64_t count, length;
+};
+
+FASTBLOCKS_INLINE ConvRuns conv_runs(bool planar, int64_t channels, const int64_t* kernel, const int64_t* dilation) {
+  const bool dense = dilation[1] == 1;
+  if (planar) return {channels * kernel[0] * (dense ? 1 : kernel[1]), dense ? kernel[1] : 1};
+  return {kernel[0] * (dense ? 1 : kernel[1]), (dense ? kernel[1] : 1) * channels};
+}
+
+// Packs w[n][c][ky][kx] in the order in which the runs deliver the depth: (ky, kx, c), or (c, ky, kx) for NCHW input.
+inline void pack_conv(const float* w, int64_t out_channels, int64_t in_channels, const int64_t* kernel, const int64_t* strides,
+                      bool planar, int64_t* offsets, float* out) {
+  const int64_t depth = in_channels * kernel[0] * kernel[1];
+  for (int64_t k = 0; k < depth; ++k) {
+    int64_t c, ky, kx;
+    if (planar)
+      kx = k % kernel[1], ky = k / kernel[1] % kernel[0], c = k / kernel[1] / kernel[0];
+    else
+      c = k % in_channels, kx = k / in_channels % kernel[1], ky = k / in_channels / kernel[1];
+    offsets[k] = c * strides[1] + ky * strides[2] + kx * strides[3];
+  }
+  pack_gemm(w, out_channels, strides[0], depth, offsets, out);
+}
+
+struct ConvScratch {
+  const float** runs;
+  float *ring, *zeros, *partial;
+  int64_t padded_width, row_floats, ring_rows;
+};
+
+FASTBLOCKS_INLINE ConvScratch conv_scratch(const ConvParams& p, char* memory, size_t* bytes) {
+  ConvScratch s;
+  s.padded_width = p.width + 2 * p.padding[1];
+  s.row_floats = s.padded_width * p.in_channels;
+  s.ring_rows = (p.kernel[0] - 1) * p.dilation[0] + 1;
+  const int64_t runs = round_up(conv_runs(p.planar, p.in_channels, p.kernel, p.dilation).count, 8);
+  float* next = reinterpret_cast<float*>(memory + runs * sizeof(float*));
+  s.runs = reinterpret_cast<const float**>(memory);
+  s.ring = next, next += round_up(s.ring_rows * s.row_floats, 16);
+  s.zeros = next, next += round_up(s.row_floats, 16);
+  s.partial = next, next += partial_floats(p.out_width);
+  *bytes = (char*)next - memory;
+  return s;
+}
+
+inline void conv_load_row(const ConvParams& p, const ConvScratch& s, int64_t image, int64_t iy) {
+  float* to = s.ring + iy % s.ring_rows * s.row_floats;
+  const float* from = p.x.data + image * p.x.image_stride + iy * p.x.row_stride;
+  const int64_t pad = p.padding[1];
+  if (p.planar) {
+    for (int64_t c = 0; c < p.in_channels; ++c, to += s.padded_width, from += p.x.pixel_stride)
+      __builtin_memcpy(to + pad, from, p.width * sizeof(float));
+  } else if (p.x.pixel_stride == p.in_channels) {
+    __builtin_memcpy(to + pad * p.in_channels, from, p.width * p.in_channels * sizeof(float));
+  } else {
+    for (int64_t x = 0; x < p.width; ++x)
+      __builtin_memcpy(to + (pad + x) * p.in_channels, from + x * p.x.pixel_stride, p.in_channels * sizeof(float));
+  }
+}
+
+inline void conv_output_row(const ConvParams& p, const ConvScratch& s, int64_t image, int64_t oy) {
+  const ConvRuns runs = conv_runs(p.planar, p.in_channels, p.kernel, p.dilation);
+  const bool dense = p.dilation[1] == 1;
+  int64_t r = 0;
+  for (int64_t c = 0; c < (p.planar ? p.in_channels : 1); ++c)
+    for (int64_t ky = 0; ky < p.kernel[0]; ++ky) {
+      const int64_t iy = oy * p.stride[0] - p.padding[0] + ky * p.dilation[0];
+      const float* row = iy < 0 || iy >= p.height ? s.zeros : s.ring + iy % s.ring_rows * s.row_floats;
+      row += c * s.padded_width;
+      for (int64_t kx = 0; kx < (dense ? 1 : p.kernel[1]); ++kx)
+        s.runs[r++] = row + kx * p.dilation[1] * (p.planar ? 1 : p.in_channels);
+    }
+  const Panels panels(p.out_channels);
+  const Pixels left = {s.runs, runs.count, runs.length, p.stride[1] * (p.planar ? 1 : p.in_channels)};
+  const Epilogue e = {p.shared, p.shared + panels.padded(), p.clamp, nullptr, 0, false};
+  float* row = p.out.data + image * p.out.image_stride + oy * p.out.row_stride;
+  float* row_scratch;
+  const Destination to = {&row, p.out_width, p.out.pixel_stride};
+  gemm(left, p.out_width, p.packed_weight, p.out_channels, 0, panels.count, e, to, s.partial, &row_scratch);
+}
+
+inline void conv_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
+  const ConvParams& p = *static_cast<const ConvParams*>(params);
+  size_t bytes;
+  const ConvScratch s = conv_scratch(p, memory, &bytes);
+  // The side padding is never written by a row; recycled memory holds anything.
+  __builtin_memset(s.ring, 0, (char*)s.partial - (char*)s.ring);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / p.bands, band = item % p.bands;
+    const int64_t from = band * p.out_height / p.bands, to = (band + 1) * p.out_height / p.bands;
+    int64_t next = larger(0, from * p.stride[0] - p.padding[0]);
+    for (int64_t oy = from; oy < to; ++oy) {
+      const int64_t first = oy * p.stride[0] - p.padding[0];
+      const int64_t limit = smaller(p.height, first + s.ring_rows);
+      for (next = larger(next, first); next < limit; ++next) conv_load_row(p, s, image, next);
+      conv_output_row(p, s, image, oy);
+    }
+  }
+}
+
+inline void conv_prepare(void* params, int threads, Work* work) {
+  ConvParams& p = *static_cast<ConvParams*>(params);
+  p.bands = threads > 1 ? smaller(p.out_height, divide_up(4 * (int64_t)threads, p.images)) : 1;
+  work->count = 1;
+  work->phases[0] = {conv_run, &p, p.images * p.bands};
+  conv_scratch(p, nullptr, &work->worker_bytes);
+  work->shared_bytes = 2 * Panels(p.out_channels).padded() * sizeof(float);
+}
+
+inline void conv_begin(void* params) {
+  ConvParams& p = *static_cast<ConvParams*>(params);
+  const Panels panels(p.out_channels);
+  fold_batch_norm(p.norm, p.out_channels, panels.padded(), p.shared, p.shared + panels.padded());
+}
+
+}  // namespace FASTBLOCKS_LEVEL
+}  // namespace fastblocks

@@ -1,0 +1,117 @@
+// What the kernels are told: plain structs of pointers and sizes, the same for every instruction set level. No tensors, no
+// functions. Sizes are in elements, strides in floats. Activations are [image][row][pixel][channel] ("NHWC") with free image,
+// row and pixel strides; the channel stride is 1.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace fastblocks {
+
+// One BatchNorm and the bias of the convolution before it, as pointers to their `channels` values; any may be null.
+struct BatchNorm {
+  const float* conv_bias;
+  const float* mean;  // null: no BatchNorm at all
+  const float* var;
+  const float* weight;
+  const float* bias;
+  float eps;
+};
+
+// y = clamp(conv * scale + shift [+ residual], low, high); low = -inf and high = +inf mean no activation.
+struct Clamp {
+  float low;
+  float high;
+};
+
+struct Image {
+  float* data;
+  int64_t image_stride;
+  int64_t row_stride;
+  int64_t pixel_stride;
+};
+
+// A part of an op: `items` independent pieces of work. run() may be called from any thread, with any range of items; `scratch`
+// is the calling worker's own memory.
+struct Phase {
+  void (*run)(const void* params, int64_t begin, int64_t end, char* scratch) noexcept;
+  const void* params;
+  int64_t items;
+};
+
+constexpr int kMaxPhases = 4;
+
+// What one call of an op needs: filled by the op's prepare function.
+struct Work {
+  Phase phases[kMaxPhases];
+  int count;
+  size_t worker_bytes;  // scratch of each worker
+  size_t shared_bytes;  // memory that all workers see; its address goes into the params
+};
+
+struct PointwiseParams {
+  int64_t pixels, in_channels, out_channels;
+  const float* x;
+  int64_t x_stride;  // pixel stride
+  const float* packed_weight;
+  BatchNorm norm;
+  Clamp clamp;
+  const float* residual;  // or null
+  int64_t residual_stride;
+  float* out;
+  int64_t out_stride;
+  float* shared;
+  // set by prepare
+  int64_t pixel_block, panel_block, pixel_blocks;
+};
+
+struct DepthwiseParams {
+  int64_t images, height, width, channels, out_height, out_width;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  Image x;
+  const float* packed_weight;
+  BatchNorm norm;
+  Clamp clamp;
+  Image out;
+  float* shared;
+  int64_t bands;
+};
+
+struct ConvParams {
+  int64_t images, height, width, in_channels, out_channels, out_height, out_width;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  bool planar;  // x is NCHW: row_stride between rows of a channel plane, pixel_stride between planes
+  Image x;
+  const float* packed_weight;
+  BatchNorm norm;
+  Clamp clamp;
+  Image out;
+  float* shared;
+  int64_t bands;
+};
+
+struct InvertedResidualParams {
+  int64_t images, height, width, in_channels, hidden_channels, out_channels, out_height, out_width;
+  int64_t kernel, stride, padding;
+  Image x;  // row_stride = width * pixel_stride
+  const float* expand_weight;  // null: no expansion, hidden_channels = in_channels
+  const float* depthwise_weight;
+  const float* project_weight;
+  BatchNorm expand_norm, depthwise_norm, project_norm;
+  Clamp clamp;  // after the expansion and the depthwise convolution
+  bool residual;
+  Image out;  // row_stride = out_width * pixel_stride
+  float* shared;
+  // set by prepare
+  int64_t bands, chunk_rows, hidden_stride, pixel_block, pixel_blocks, panel_block, panel_blocks;
+};
+
+struct PoolParams {
+  int64_t images, pixels, channels;
+  const float* x;
+  int64_t image_stride, pixel_stride;
+  float* out;
+  int64_t channel_block, channel_blocks;
+};
+
+}  // namespace fastblocks

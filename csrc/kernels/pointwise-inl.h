@@ -1,0 +1,62 @@
+// Pointwise (1x1) convolution + BatchNorm [+ residual] + activation: on NHWC data it is a matrix product without any movement.
+#pragma once
+
+#include "batch_norm-inl.h"
+#include "gemm-inl.h"
+
+namespace fastblocks {
+namespace FASTBLOCKS_LEVEL {
+
+inline void pointwise_run(const void* params, int64_t begin, int64_t end, char* scratch) noexcept {
+  const PointwiseParams& p = *static_cast<const PointwiseParams*>(params);
+  const Panels panels(p.out_channels);
+  float* partial = reinterpret_cast<float*>(scratch);
+  for (int64_t item = begin; item < end; ++item) {
+    // Neighbouring items share the weights, which are the larger operand where they are not in cache.
+    const int64_t m = item % p.pixel_blocks * p.pixel_block, panel = item / p.pixel_blocks * p.panel_block;
+    const int64_t pixels = smaller(p.pixel_block, p.pixels - m);
+    const float* a = p.x + m * p.x_stride;
+    const Pixels left = {&a, 1, p.in_channels, p.x_stride};
+    const Epilogue e = {p.shared, p.shared + panels.padded(), p.clamp, p.residual ? p.residual + m * p.residual_stride : nullptr,
+                        p.residual_stride, false};
+    float* row = p.out + m * p.out_stride;
+    float* row_scratch;
+    const Destination to = {&row, pixels, p.out_stride};
+    gemm(left, pixels, p.packed_weight, p.out_channels, panel, smaller(panel + p.panel_block, panels.count), e, to, partial,
+         &row_scratch);
+  }
+}
+
+// Cuts the product into items: pixel blocks whose operand stays in L2, and panels where there are too few pixels.
+inline void cut_product(int64_t pixels, int64_t depth, int64_t panel_count, int threads, int64_t* pixel_block,
+                        int64_t* pixel_blocks, int64_t* panel_block, int64_t* panel_blocks) {
+  const int64_t cache_floats = 48 * 1024;
+  const int64_t wanted = threads > 1 ? 3 * (int64_t)threads : 1;
+  int64_t block = larger(cache_floats / larger(depth, 1), 24);
+  block = smaller(block, pixels);
+  *pixel_blocks = divide_up(pixels, block);
+  *pixel_block = divide_up(pixels, *pixel_blocks);
+  *panel_blocks = smaller(panel_count, divide_up(wanted, *pixel_blocks));
+  *panel_block = divide_up(panel_count, *panel_blocks);
+  *panel_blocks = divide_up(panel_count, *panel_block);
+}
+
+inline void pointwise_prepare(void* params, int threads, Work* work) {
+  PointwiseParams& p = *static_cast<PointwiseParams*>(params);
+  const Panels panels(p.out_channels);
+  int64_t panel_blocks;
+  cut_product(p.pixels, p.in_channels, panels.count, threads, &p.pixel_block, &p.pixel_blocks, &p.panel_block, &panel_blocks);
+  work->count = 1;
+  work->phases[0] = {pointwise_run, &p, p.pixel_blocks * panel_blocks};
+  work->worker_bytes = partial_floats(p.pixel_block) * sizeof(float);
+  work->shared_bytes = 2 * panels.padded() * sizeof(float);
+}
+
+inline void pointwise_begin(void* params) {
+  PointwiseParams& p = *static_cast<PointwiseParams*>(params);
+  const Panels panels(p.out_channels);
+  fold_batch_norm(p.norm, p.out_channels, panels.padded(), p.shared, p.shared + panels.padded());
+}
+
+}  // namespace FASTBLOCKS_LEVEL
+}  // namespace fastblocks

@@ -1,0 +1,112 @@
+#include "parallel.h"
+
+#include <sched.h>
+
+#include <atomic>
+
+#include "memory.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fastblocks {
+
+namespace {
+
+std::atomic<ParallelFor> pool_for{nullptr};
+std::atomic<GetNumThreads> pool_threads{nullptr};
+std::atomic<bool> forked{false};
+
+void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// The counters of one phase stand alone in their cache lines.
+struct alignas(128) Progress {
+  std::atomic<int64_t> next{0};
+  alignas(64) std::atomic<int64_t> done{0};
+};
+
+struct Run {
+  const Phase* phases;
+  int count;
+  int workers;
+  char* scratch;
+  size_t worker_bytes;
+  std::atomic<int> arrived{0};
+  Progress progress[kMaxPhases];
+};
+
+// A wait is short where all workers run; where the machine has fewer free cores than workers the others need this one.
+constexpr int kSpins = 4000;
+
+void wait_until_done(const std::atomic<int64_t>& done, int64_t items) {
+  for (int spin = 0; done.load(std::memory_order_acquire) < items; ++spin) {
+    if (spin < kSpins)
+      relax();
+    else
+      sched_yield();
+  }
+}
+
+// One worker. It never waits for a worker that has not started, only for items that somebody has begun: it cannot deadlock
+// however few callbacks the pool really runs.
+void work(int64_t, int64_t, void* context) noexcept {
+  Run& r = *static_cast<Run*>(context);
+  const int slot = r.arrived.fetch_add(1, std::memory_order_relaxed);
+  if (slot >= r.workers) return;
+  char* scratch = r.scratch + slot * r.worker_bytes;
+  for (int i = 0; i < r.count; ++i) {
+    const Phase& phase = r.phases[i];
+    Progress& progress = r.progress[i];
+    for (;;) {
+      const int64_t item = progress.next.fetch_add(1, std::memory_order_relaxed);
+      if (item >= phase.items) break;
+      phase.run(phase.params, item, item + 1, scratch);
+      progress.done.fetch_add(1, std::memory_order_release);
+    }
+    if (i + 1 < r.count) wait_until_done(progress.done, phase.items);
+  }
+}
+
+}  // namespace
+
+void set_thread_pool(ParallelFor parallel_for, GetNumThreads get_num_threads) {
+  pool_for = parallel_for;
+  pool_threads = get_num_threads;
+}
+
+bool has_thread_pool() { return pool_for.load() && pool_threads.load() && !forked.load(); }
+
+void forget_thread_pool_after_fork() { forked = true; }
+
+int worker_count() {
+  if (!has_thread_pool()) return 1;
+  uint32_t threads = 1;
+  if (pool_threads.load()(&threads) != 0 || threads < 1) return 1;
+  return (int)threads;
+}
+
+bool run(const Phase* phases, int count, size_t worker_bytes, int workers) {
+  int64_t most = 0;
+  for (int i = 0; i < count; ++i) most = phases[i].items > most ? phases[i].items : most;
+  if (most < workers) workers = most < 1 ? 1 : (int)most;
+  Run r;
+  r.phases = phases;
+  r.count = count;
+  r.workers = workers;
+  r.worker_bytes = (worker_bytes + 127) / 64 * 64;
+  r.scratch = static_cast<char*>(acquire_slab(r.worker_bytes * workers));
+  if (!r.scratch) return false;
+  // A pool that refuses (a status other than 0) has left items over: this thread finishes them.
+  if (workers == 1 || pool_for.load()(0, workers, 1, work, &r) != 0) work(0, 1, &r);
+  release_slab(r.scratch);
+  return true;
+}
+
+}  // namespace fastblocks

@@ -1,0 +1,7 @@
+"""`python -m fastblocks` is the `fastblocks` command."""
+
+import sys
+
+from fastblocks.cli import main
+
+sys.exit(main())

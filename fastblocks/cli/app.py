@@ -1,0 +1,86 @@
+"""The command line itself: options, and errors as one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+
+__all__ = ["cli", "run"]
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; errors that the user can mend become one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a file name that the terminal cannot show is no reason to fail
+    try:
+        cli.main(arguments, prog_name="fastblocks", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return 2
+    except click.ClickException as error:
+        print(f"fastblocks: {' '.join(error.format_message().split())}", file=sys.stderr)
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    return 0
+
+
+def package_version() -> str:
+    """The installed version, or "unknown" in a source tree that was never installed."""
+    try:
+        return version("fastblocks")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_version(), prog_name="fastblocks")
+def cli() -> None:
+    """Fused CPU kernels for mobile networks, as PyTorch layers."""
+
+
+@cli.command()
+@click.argument("photos", metavar="[PHOTO]...", nargs=-1, type=click.Path())
+@click.option("--model", default="mobilenet_v2", show_default=True, metavar="NAME", help="Which network.")
+@click.option(
+    "--weights", type=click.Path(), metavar="FILE", help="A .pth or .safetensors file.  [default: ImageNet's]"
+)
+@click.option("--threads", type=click.IntRange(1, os.cpu_count()), metavar="N", help="CPU threads.  [default: torch's]")
+@click.option(
+    "--rounds",
+    type=click.IntRange(0, 10_000),
+    default=30,
+    show_default=True,
+    metavar="N",
+    help="Timing rounds; 0: no timing.",
+)
+@click.option(
+    "--top", type=click.IntRange(1, 1000), default=5, show_default=True, metavar="K", help="How many labels a photo."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def classify(
+    photos: tuple[str, ...], model: str, weights: str | None, threads: int | None, rounds: int, top: int, as_json: bool
+) -> None:
+    """Classify photographs, and time fastblocks beside stock torch.
+
+    Without a PHOTO it takes scikit-image's picture of the cat Chelsea. The weights are fetched on first use.
+    """
+    from fastblocks.cli.classify import classify as run_classify
+    from fastblocks.cli.report import print_classification, print_json
+
+    result = run_classify(photos, model=model, weights=weights, threads=threads, rounds=rounds, top=top)
+    (print_json if as_json else print_classification)(result)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def info(as_json: bool) -> None:
+    """Show which kernels run here, on what, and why."""
+    from fastblocks.cli.info import collect
+    from fastblocks.cli.report import print_info, print_json
+
+    (print_json if as_json else print_info)(collect(package_version()))

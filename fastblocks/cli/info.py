@@ -1,0 +1,41 @@
+"""`fastblocks info`: what runs here, on what, and why."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import fastblocks
+from fastblocks.models.weights import IMAGENET, cached_path
+
+__all__ = ["collect", "cpu_name"]
+
+
+def collect(version: str) -> dict[str, Any]:
+    """Versions, machine, backend and the state of the weights' cache, as plain strings and numbers."""
+    return {
+        "fastblocks": version,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "backend": fastblocks.backend_info(),
+        "weights": {name: {"path": str(cached_path(name)), "cached": cached_path(name).exists()} for name in IMAGENET},
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux tells it, else as the platform module does."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
