@@ -1,0 +1,23 @@
+"""Fused CPU kernels for mobile networks, as PyTorch layers."""
+
+from fastblocks import backends, functional, layers, models
+from fastblocks.backends import backend_info, current_backend, refresh, use_backend
+from fastblocks.layers import ConvBNAct, DepthwiseConvBNAct, InvertedResidual, PointwiseConvBNAct
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvBNAct",
+    "DepthwiseConvBNAct",
+    "InvertedResidual",
+    "PointwiseConvBNAct",
+    "__version__",
+    "backend_info",
+    "backends",
+    "current_backend",
+    "functional",
+    "layers",
+    "models",
+    "refresh",
+    "use_backend",
+]

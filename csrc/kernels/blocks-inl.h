@@ -16,20 +16,16 @@ namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
 
 struct BlockShared {  // views into params.shared
-  float *expand_scale, *expand_shift, *depthwise_scale, *depthwise_shift, *project_scale, *project_shift, *hidden;
+  float *expand, *depthwise, *project, *hidden;
 };
 
 FASTBLOCKS_INLINE BlockShared block_shared(const InvertedResidualParams& p, int64_t* floats) {
-  const int64_t hidden = round_up(p.hidden_channels, kLanes), out = round_up(p.out_channels, kLanes);
   BlockShared s;
-  float* next = p.shared;
-  s.expand_scale = next, next += hidden;
-  s.expand_shift = next, next += hidden;
-  s.depthwise_scale = next, next += hidden;
-  s.depthwise_shift = next, next += hidden;
-  s.project_scale = next, next += out;
-  s.project_shift = next, next += out;
-  s.hidden = p.shared + round_up(next - p.shared, 16);
+  s.expand = p.shared;
+  s.depthwise = s.expand + (p.expand_weight ? folded_product_floats(p.hidden_channels, p.in_channels, p.fold_expand) : 0);
+  s.project = s.depthwise + folded_depthwise_floats(p.hidden_channels, p.kernel * p.kernel);
+  const float* end = s.project + folded_product_floats(p.out_channels, p.hidden_channels, p.fold_project);
+  s.hidden = p.shared + round_up(end - p.shared, 16);
   *floats = s.hidden - p.shared;
   return s;
 }
@@ -74,9 +70,9 @@ inline void block_expand(const InvertedResidualParams& p, const BlockShared& sha
     s.ring_pointers[iy - iy_begin] = ring + iy % rows * row_floats + p.padding * lanes - panels.first_channel(panel);
   const float* x = p.x.data + image * p.x.image_stride + iy_begin * p.x.row_stride;
   const Pixels left = {&x, 1, p.in_channels, p.x.pixel_stride};
-  const Epilogue e = {shared.expand_scale, shared.expand_shift, p.clamp, nullptr, 0, true};
+  const Epilogue e = {folded_product(p.expand_weight, p.hidden_channels, p.fold_expand, shared.expand), p.clamp, nullptr, 0, true};
   const Destination to = {s.ring_pointers, p.width, lanes};
-  gemm(left, (iy_end - iy_begin) * p.width, p.expand_weight, p.hidden_channels, panel, panel + 1, e, to, s.partial,
+  gemm(left, (iy_end - iy_begin) * p.width, p.hidden_channels, panel, panel + 1, e, to, s.partial,
        s.ring_shifted);
 }
 
@@ -99,8 +95,8 @@ inline void block_depthwise(const InvertedResidualParams& p, const BlockShared& 
     r.width = ring ? row_pixels : p.width, r.pixel_stride = ring ? lanes : p.x.pixel_stride;
     r.out_width = p.out_width, r.out_stride = p.hidden_stride;
     r.kernel_width = p.kernel, r.stride = p.stride, r.padding = ring ? 0 : p.padding, r.dilation = 1;
-    r.weight = p.depthwise_weight + channel, r.weight_stride = padded;
-    r.scale = shared.depthwise_scale + channel, r.shift = shared.depthwise_shift + channel, r.clamp = p.clamp;
+    r.weight = shared.depthwise + padded + channel, r.weight_stride = padded;
+    r.shift = shared.depthwise + channel, r.clamp = p.clamp;
     r.out = hidden + (oy - oy_begin) * p.out_width * p.hidden_stride + channel;
     r.channels = lanes, r.pad_channels = ring != nullptr;
     row_function(r);
@@ -121,11 +117,12 @@ inline void block_project(const InvertedResidualParams& p, const BlockShared& sh
   const float* residual = p.residual ? p.x.data + image * p.x.image_stride + pixel * p.x.pixel_stride : nullptr;
   const Pixels left = {&hidden, 1, p.hidden_channels, p.hidden_stride};
   const Clamp none = {-__builtin_inff(), __builtin_inff()};
-  const Epilogue e = {shared.project_scale, shared.project_shift, none, residual, p.x.pixel_stride, false};
+  const Epilogue e = {folded_product(p.project_weight, p.out_channels, p.fold_project, shared.project), none, residual,
+                      p.x.pixel_stride, false};
   float* row = p.out.data + image * p.out.image_stride + pixel * p.out.pixel_stride;
   float* row_scratch;
   const Destination to = {&row, pixels, p.out.pixel_stride};
-  gemm(left, pixels, p.project_weight, p.out_channels, panel_begin, panel_end, e, to, partial, &row_scratch);
+  gemm(left, pixels, p.out_channels, panel_begin, panel_end, e, to, partial, &row_scratch);
 }
 
 // The rows of the input that output rows [oy_begin, oy_end) read: up to *end.
@@ -143,8 +140,8 @@ inline void block_bands_run(const void* params, int64_t begin, int64_t end, char
   const BlockScratch s = block_scratch(p, memory, &bytes);
   const Panels hidden_panels(p.hidden_channels), out_panels(p.out_channels);
   const int64_t row_pixels = p.width + 2 * p.padding;
-  const DepthwiseRowFunction pair = depthwise_row_function(p.kernel, p.stride, 1, kPanelVectors * kLanes);
-  const DepthwiseRowFunction other = depthwise_row_function(p.kernel, p.stride, 1, 0);
+  const DepthwiseRowFunction pair = depthwise_row_function(p.kernel, p.stride, 1, true);
+  const DepthwiseRowFunction other = depthwise_row_function(p.kernel, p.stride, 1, false);
   if (p.expand_weight) {
     float* ring = s.ring;
     for (int64_t panel = 0; panel < hidden_panels.count; ++panel)
@@ -184,8 +181,8 @@ inline void block_slices_run(const void* params, int64_t begin, int64_t end, cha
   const BlockShared shared = block_shared(p, &shared_floats);
   const BlockScratch s = block_scratch(p, memory, &bytes);
   const Panels panels(p.hidden_channels);
-  const DepthwiseRowFunction pair = depthwise_row_function(p.kernel, p.stride, 1, kPanelVectors * kLanes);
-  const DepthwiseRowFunction other = depthwise_row_function(p.kernel, p.stride, 1, 0);
+  const DepthwiseRowFunction pair = depthwise_row_function(p.kernel, p.stride, 1, true);
+  const DepthwiseRowFunction other = depthwise_row_function(p.kernel, p.stride, 1, false);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / panels.count, panel = item % panels.count, lanes = panels.width(panel) * kLanes;
     float* hidden = shared.hidden + image * p.out_height * p.out_width * p.hidden_stride;
@@ -240,6 +237,8 @@ inline void block_prepare(void* params, int threads, Work* work) {
   p.bands = slices ? 0 : whole_images ? 1 : smaller(p.out_height, threads);
   p.chunk_rows = choose_chunk_rows(p, slices);
   p.pixel_block = 0;
+  p.fold_expand = p.expand_weight && fold_pays(p.images * p.height * p.width, p.in_channels);
+  p.fold_project = fold_pays(p.images * p.out_height * p.out_width, p.hidden_channels);
   int64_t floats;
   block_shared(p, &floats);
   if (slices) {
@@ -261,10 +260,10 @@ inline void block_begin(void* params) {
   InvertedResidualParams& p = *static_cast<InvertedResidualParams*>(params);
   int64_t floats;
   const BlockShared s = block_shared(p, &floats);
-  const int64_t hidden = round_up(p.hidden_channels, kLanes), out = round_up(p.out_channels, kLanes);
-  if (p.expand_weight) fold_batch_norm(p.expand_norm, p.hidden_channels, hidden, s.expand_scale, s.expand_shift);
-  fold_batch_norm(p.depthwise_norm, p.hidden_channels, hidden, s.depthwise_scale, s.depthwise_shift);
-  fold_batch_norm(p.project_norm, p.out_channels, out, s.project_scale, s.project_shift);
+  if (p.expand_weight)
+    fold_product(p.expand_norm, p.expand_weight, p.hidden_channels, p.in_channels, p.fold_expand, s.expand);
+  fold_depthwise(p.depthwise_norm, p.depthwise_weight, p.hidden_channels, p.kernel * p.kernel, s.depthwise);
+  fold_product(p.project_norm, p.project_weight, p.out_channels, p.hidden_channels, p.fold_project, s.project);
 }
 
 }  // namespace FASTBLOCKS_LEVEL

@@ -5,7 +5,6 @@
 // kernel_width * channels values. An NCHW image is read as it is, in runs of kernel_width values a channel and kernel row.
 #pragma once
 
-#include "batch_norm-inl.h"
 #include "depthwise-inl.h"
 #include "gemm-inl.h"
 
@@ -87,11 +86,11 @@ inline void conv_output_row(const ConvParams& p, const ConvScratch& s, int64_t i
     }
   const Panels panels(p.out_channels);
   const Pixels left = {s.runs, runs.count, runs.length, p.stride[1] * (p.planar ? 1 : p.in_channels)};
-  const Epilogue e = {p.shared, p.shared + panels.padded(), p.clamp, nullptr, 0, false};
+  const Epilogue e = {folded_product(p.packed_weight, p.out_channels, p.fold, p.shared), p.clamp, nullptr, 0, false};
   float* row = p.out.data + image * p.out.image_stride + oy * p.out.row_stride;
   float* row_scratch;
   const Destination to = {&row, p.out_width, p.out.pixel_stride};
-  gemm(left, p.out_width, p.packed_weight, p.out_channels, 0, panels.count, e, to, s.partial, &row_scratch);
+  gemm(left, p.out_width, p.out_channels, 0, panels.count, e, to, s.partial, &row_scratch);
 }
 
 inline void conv_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
@@ -119,13 +118,14 @@ inline void conv_prepare(void* params, int threads, Work* work) {
   work->count = 1;
   work->phases[0] = {conv_run, &p, p.images * p.bands};
   conv_scratch(p, nullptr, &work->worker_bytes);
-  work->shared_bytes = 2 * Panels(p.out_channels).padded() * sizeof(float);
+  const int64_t depth = p.in_channels * p.kernel[0] * p.kernel[1];
+  p.fold = fold_pays(p.images * p.out_height * p.out_width, depth);
+  work->shared_bytes = folded_product_floats(p.out_channels, depth, p.fold) * sizeof(float);
 }
 
 inline void conv_begin(void* params) {
   ConvParams& p = *static_cast<ConvParams*>(params);
-  const Panels panels(p.out_channels);
-  fold_batch_norm(p.norm, p.out_channels, panels.padded(), p.shared, p.shared + panels.padded());
+  fold_product(p.norm, p.packed_weight, p.out_channels, p.in_channels * p.kernel[0] * p.kernel[1], p.fold, p.shared);
 }
 
 }  // namespace FASTBLOCKS_LEVEL

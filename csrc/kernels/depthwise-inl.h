@@ -17,9 +17,8 @@ struct DepthwiseRow {
   int64_t row_begin, row_end;
   int64_t width, pixel_stride, out_width, out_stride;
   int64_t kernel_width, stride, padding, dilation;
-  const float* weight;  // [ky][kx][weight_stride]
+  const float* weight;  // [ky][kx][weight_stride], multiplied by the BatchNorm's scale
   int64_t weight_stride;
-  const float* scale;
   const float* shift;
   Clamp clamp;
   float* out;
@@ -27,55 +26,55 @@ struct DepthwiseRow {
   bool pad_channels;  // input, weight and output have room for whole vectors
 };
 
-FASTBLOCKS_INLINE Vec depthwise_epilogue(Vec sum, Vec scale, Vec shift, Vec low, Vec high) {
-  return at_most(high, at_least(low, sum * scale + shift));
+// One kernel row for T outputs.
+template <int K, int S, int T, bool kPartial>
+FASTBLOCKS_INLINE void depthwise_taps(Vec (&sum)[T], const float* x, int64_t px, const float* w, int64_t weight_stride,
+                                      int lanes) {
+  Vec taps[K];
+#pragma GCC unroll 8
+  for (int kx = 0; kx < K; ++kx) taps[kx] = load(w + kx * weight_stride);
+#pragma GCC unroll 32
+  for (int i = 0; i < (T - 1) * S + K; ++i) {
+    const Vec value = kPartial ? load_partial(x + i * px, lanes) : load(x + i * px);
+#pragma GCC unroll 8
+    for (int kx = 0; kx < K; ++kx)
+      if (i >= kx && (i - kx) % S == 0 && (i - kx) / S < T) sum[(i - kx) / S] += value * taps[kx];
+  }
 }
 
-// T outputs of one vector of channels. PX is the input's pixel stride where it is known (0: read it from r).
-template <int K, int S, int T, int PX, bool kPartial>
-FASTBLOCKS_INLINE void depthwise_strip(const DepthwiseRow& r, int64_t in_offset, float* out, int64_t channel, int lanes) {
-  const int64_t px = PX ? PX : r.pixel_stride;
+template <int T>
+struct Width {
+  static constexpr int value = T;
+};
+
+// T outputs of one vector of channels. PX is the input's pixel stride where it is known (0: read it from r); kWhole: all kernel rows
+// lie inside the map, so that their loop can be unrolled.
+template <int K, int S, int T, int PX, bool kPartial, bool kWhole>
+FASTBLOCKS_INLINE void depthwise_strip(const DepthwiseRow& r, const float* const (&rows)[K], int64_t in_offset, float* out,
+                                       int64_t channel, int lanes) {
+  const int64_t px = PX ? PX : r.pixel_stride, weight_stride = r.weight_stride;
+  const Vec shift = load(r.shift + channel);
   Vec sum[T];
 #pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) sum[t] = Vec{};
-  const float* w = r.weight + r.row_begin * K * r.weight_stride + channel;
-  for (int64_t ky = r.row_begin; ky < r.row_end; ++ky) {
-    const float* x = r.rows[ky] + in_offset + channel;
-    Vec taps[K];
-#pragma GCC unroll 8
-    for (int kx = 0; kx < K; ++kx) taps[kx] = load(w + kx * r.weight_stride);
-#pragma GCC unroll 32
-    for (int i = 0; i < (T - 1) * S + K; ++i) {
-      const Vec value = kPartial ? load_partial(x + i * px, lanes) : load(x + i * px);
-#pragma GCC unroll 8
-      for (int kx = 0; kx < K; ++kx)
-        if (i >= kx && (i - kx) % S == 0 && (i - kx) / S < T) sum[(i - kx) / S] += value * taps[kx];
-    }
-    w += K * r.weight_stride;
+  for (int t = 0; t < T; ++t) sum[t] = shift;
+  const float* w = r.weight + channel;
+  const int64_t at = in_offset + channel;
+  if (kWhole) {
+#pragma GCC unroll 3
+    for (int ky = 0; ky < K; ++ky)
+      depthwise_taps<K, S, T, kPartial>(sum, rows[ky] + at, px, w + ky * K * weight_stride, weight_stride, lanes);
+  } else {
+    for (int64_t ky = r.row_begin; ky < r.row_end; ++ky)
+      depthwise_taps<K, S, T, kPartial>(sum, rows[ky] + at, px, w + ky * K * weight_stride, weight_stride, lanes);
   }
-  const Vec scale = load(r.scale + channel), shift = load(r.shift + channel);
   const Vec low = broadcast(r.clamp.low), high = broadcast(r.clamp.high);
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) {
-    const Vec y = depthwise_epilogue(sum[t], scale, shift, low, high);
+    const Vec y = at_most(high, at_least(low, sum[t]));
     if (kPartial)
       store_partial(out + t * r.out_stride + channel, lanes, y);
     else
       store(out + t * r.out_stride + channel, y);
-  }
-}
-
-template <int K, int S, int T, int PX>
-inline void depthwise_strip_channels(const DepthwiseRow& r, int64_t column) {
-  const int64_t in_offset = (column * S - r.padding) * (PX ? PX : r.pixel_stride);
-  float* out = r.out + column * r.out_stride;
-  int64_t c = 0;
-  for (; c + kLanes <= r.channels; c += kLanes) depthwise_strip<K, S, T, PX, false>(r, in_offset, out, c, kLanes);
-  if (c < r.channels) {
-    if (r.pad_channels)
-      depthwise_strip<K, S, T, PX, false>(r, in_offset, out, c, kLanes);
-    else
-      depthwise_strip<K, S, T, PX, true>(r, in_offset, out, c, (int)(r.channels - c));
   }
 }
 
@@ -89,7 +88,7 @@ inline void depthwise_pixel(const DepthwiseRow& r, int64_t column) {
   float* out = r.out + column * r.out_stride;
   for (int64_t c = 0; c < r.channels; c += kLanes) {
     const int lanes = r.pad_channels ? kLanes : (int)smaller(kLanes, r.channels - c);
-    Vec sum{};
+    Vec sum = load(r.shift + c);
     for (int64_t ky = r.row_begin; ky < r.row_end; ++ky) {
       const float* x = r.rows[ky] + origin * r.pixel_stride + c;
       const float* w = r.weight + ky * r.kernel_width * r.weight_stride + c;
@@ -99,11 +98,52 @@ inline void depthwise_pixel(const DepthwiseRow& r, int64_t column) {
         sum += value * load(w + kx * r.weight_stride);
       }
     }
-    const Vec y = depthwise_epilogue(sum, load(r.scale + c), load(r.shift + c), low, high);
+    const Vec y = at_most(high, at_least(low, sum));
     if (lanes == kLanes)
       store(out + c, y);
     else
       store_partial(out + c, lanes, y);
+  }
+}
+
+template <int K, int S, int T, int PX, bool kWhole>
+FASTBLOCKS_INLINE void depthwise_strip_channels(const DepthwiseRow& r, const float* const (&rows)[K], int64_t column) {
+  const int64_t in_offset = (column * S - r.padding) * (PX ? PX : r.pixel_stride);
+  float* out = r.out + column * r.out_stride;
+  int64_t c = 0;
+  for (; c + kLanes <= r.channels; c += kLanes)
+    depthwise_strip<K, S, T, PX, false, kWhole>(r, rows, in_offset, out, c, kLanes);
+  if (c < r.channels) depthwise_strip<K, S, T, PX, true, kWhole>(r, rows, in_offset, out, c, (int)(r.channels - c));
+}
+
+// Calls strip(width, column) with the widths 7, 4, 2 and 1 over the columns [x, end).
+template <class Strip>
+FASTBLOCKS_INLINE void for_each_strip(int64_t x, int64_t end, Strip strip) {
+  for (; x + 7 <= end; x += 7) strip(Width<7>(), x);
+  if (x + 4 <= end) strip(Width<4>(), x), x += 4;
+  if (x + 2 <= end) strip(Width<2>(), x), x += 2;
+  if (x < end) strip(Width<1>(), x);
+}
+
+template <int K, int S, int PX, bool kWhole>
+inline void depthwise_interior(const DepthwiseRow& row, int64_t x, int64_t end) {
+  // Copies that no store through a pointer can change: they stay in registers.
+  const DepthwiseRow r = row;
+  const float* rows[K];
+#pragma GCC unroll 8
+  for (int ky = 0; ky < K; ++ky) rows[ky] = kWhole || (ky >= r.row_begin && ky < r.row_end) ? row.rows[ky] : nullptr;
+  if (PX) {
+    // A slice is two vectors wide: what a strip prepares is shared along the row, not across channels.
+    for (int64_t c = 0; c < PX; c += kLanes)
+      for_each_strip(x, end, [&](auto width, int64_t column) __attribute__((always_inline)) {
+        constexpr int T = decltype(width)::value;
+        depthwise_strip<K, S, T, PX, false, kWhole>(r, rows, (column * S - r.padding) * PX, r.out + column * r.out_stride, c,
+                                                    kLanes);
+      });
+  } else {
+    for_each_strip(x, end, [&](auto width, int64_t column) __attribute__((always_inline)) {
+      depthwise_strip_channels<K, S, decltype(width)::value, 0, kWhole>(r, rows, column);
+    });
   }
 }
 
@@ -115,18 +155,11 @@ inline void depthwise_row_strips(const DepthwiseRow& r) {
   begin = smaller(begin, r.out_width);
   end = larger(begin, smaller(end, r.out_width));
   for (int64_t x = 0; x < begin; ++x) depthwise_pixel(r, x);
-  int64_t x = begin;
-  for (; x + 7 <= end; x += 7) depthwise_strip_channels<K, S, 7, PX>(r, x);
-  switch (end - x) {
-    case 6: depthwise_strip_channels<K, S, 6, PX>(r, x); break;
-    case 5: depthwise_strip_channels<K, S, 5, PX>(r, x); break;
-    case 4: depthwise_strip_channels<K, S, 4, PX>(r, x); break;
-    case 3: depthwise_strip_channels<K, S, 3, PX>(r, x); break;
-    case 2: depthwise_strip_channels<K, S, 2, PX>(r, x); break;
-    case 1: depthwise_strip_channels<K, S, 1, PX>(r, x); break;
-    default: break;
-  }
-  for (x = end; x < r.out_width; ++x) depthwise_pixel(r, x);
+  if (r.row_begin == 0 && r.row_end == K)
+    depthwise_interior<K, S, PX, true>(r, begin, end);
+  else
+    depthwise_interior<K, S, PX, false>(r, begin, end);
+  for (int64_t x = end; x < r.out_width; ++x) depthwise_pixel(r, x);
 }
 
 typedef void (*DepthwiseRowFunction)(const DepthwiseRow&);
@@ -135,11 +168,11 @@ inline void depthwise_row_any(const DepthwiseRow& r) {
   for (int64_t x = 0; x < r.out_width; ++x) depthwise_pixel(r, x);
 }
 
-// The row function of a geometry. `slice` tells that the input is one panel wide (scratch of a fused block).
-inline DepthwiseRowFunction depthwise_row_function(int64_t kernel, int64_t stride, int64_t dilation, int64_t pixel_stride) {
+// The row function of a geometry. `slice`: input and output are one panel wide (scratch of a fused block), all of it whole vectors.
+inline DepthwiseRowFunction depthwise_row_function(int64_t kernel, int64_t stride, int64_t dilation, bool slice) {
   constexpr int kSlice = kPanelVectors * kLanes;
   if (dilation == 1 && stride <= 2 && stride >= 1) {
-    const bool slice = pixel_stride == kSlice, one = stride == 1;
+    const bool one = stride == 1;
     switch (kernel) {
       case 3:
         if (slice) return one ? depthwise_row_strips<3, 1, kSlice> : depthwise_row_strips<3, 2, kSlice>;
@@ -167,6 +200,22 @@ inline void pack_depthwise(const float* w, int64_t channels, int64_t kernel_heig
     }
 }
 
+// The BatchNorm folded into a depthwise convolution: shift[padded], then the taps multiplied by the scale, then the scale itself. There
+// are a dozen values a channel, and an epilogue without multiplication pays for them at the second pixel.
+FASTBLOCKS_INLINE int64_t folded_depthwise_floats(int64_t channels, int64_t taps) {
+  return round_up(channels, kLanes) * (taps + 2);
+}
+
+inline void fold_depthwise(const BatchNorm& n, const float* packed, int64_t channels, int64_t taps, float* out) {
+  const int64_t padded = round_up(channels, kLanes);
+  float* weight = out + padded;
+  float* scale = weight + taps * padded;
+  fold_batch_norm(n, channels, padded, scale, out);
+  for (int64_t tap = 0; tap < taps; ++tap)
+    for (int64_t c = 0; c < padded; c += kLanes)
+      store(weight + tap * padded + c, load(packed + tap * padded + c) * load(scale + c));
+}
+
 // The kernel rows of output row `oy` that lie inside the map: [*begin, *end).
 FASTBLOCKS_INLINE void kernel_row_range(int64_t oy, int64_t stride, int64_t padding, int64_t dilation, int64_t kernel,
                                         int64_t height, int64_t* begin, int64_t* end) {
@@ -184,7 +233,7 @@ inline void depthwise_run(const void* params, int64_t begin, int64_t end, char* 
   const float** rows = reinterpret_cast<const float**>(scratch);
   const bool square = p.kernel[0] == p.kernel[1];
   const DepthwiseRowFunction row_function =
-      square ? depthwise_row_function(p.kernel[1], p.stride[1], p.dilation[1], p.x.pixel_stride) : depthwise_row_any;
+      square ? depthwise_row_function(p.kernel[1], p.stride[1], p.dilation[1], false) : depthwise_row_any;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / p.bands, band = item % p.bands;
     const int64_t from = band * p.out_height / p.bands, to = (band + 1) * p.out_height / p.bands;
@@ -198,8 +247,8 @@ inline void depthwise_run(const void* params, int64_t begin, int64_t end, char* 
       r.width = p.width, r.pixel_stride = p.x.pixel_stride;
       r.out_width = p.out_width, r.out_stride = p.out.pixel_stride;
       r.kernel_width = p.kernel[1], r.stride = p.stride[1], r.padding = p.padding[1], r.dilation = p.dilation[1];
-      r.weight = p.packed_weight, r.weight_stride = padded;
-      r.scale = p.shared, r.shift = p.shared + padded, r.clamp = p.clamp;
+      r.weight = p.shared + padded, r.weight_stride = padded;
+      r.shift = p.shared, r.clamp = p.clamp;
       r.out = p.out.data + image * p.out.image_stride + oy * p.out.row_stride;
       r.channels = p.channels, r.pad_channels = false;
       row_function(r);
@@ -213,13 +262,12 @@ inline void depthwise_prepare(void* params, int threads, Work* work) {
   work->count = 1;
   work->phases[0] = {depthwise_run, &p, p.images * p.bands};
   work->worker_bytes = p.kernel[0] * sizeof(float*);
-  work->shared_bytes = 2 * round_up(p.channels, kLanes) * sizeof(float);
+  work->shared_bytes = folded_depthwise_floats(p.channels, p.kernel[0] * p.kernel[1]) * sizeof(float);
 }
 
 inline void depthwise_begin(void* params) {
   DepthwiseParams& p = *static_cast<DepthwiseParams*>(params);
-  const int64_t padded = round_up(p.channels, kLanes);
-  fold_batch_norm(p.norm, p.channels, padded, p.shared, p.shared + padded);
+  fold_depthwise(p.norm, p.packed_weight, p.channels, p.kernel[0] * p.kernel[1], p.shared);
 }
 
 }  // namespace FASTBLOCKS_LEVEL

@@ -6,7 +6,7 @@
 // 12 FMAs. Pixels are split evenly over tiles (49 = 4 x 6 + 5 x 5), so that no tile is a short remainder.
 #pragma once
 
-#include "../vec.h"
+#include "batch_norm-inl.h"
 #include "params.h"
 
 namespace fastblocks {
@@ -14,14 +14,13 @@ namespace FASTBLOCKS_LEVEL {
 
 constexpr int kPanelVectors = 2;
 constexpr int kMaxPanelVectors = 3;
-constexpr int kMaxTilePixels = kRegisters == 32 ? 24 : 12;
 // Rows of k after which a panel no longer stays in half an L1 cache beside the tile's pixels: longer sums are cut there and
 // the partial sums kept in a small buffer.
-constexpr int64_t kDepthBlock = kRegisters == 32 ? 256 : 256;
+constexpr int64_t kDepthBlock = 256;
 
 FASTBLOCKS_INLINE int max_tile_pixels(int vectors) {
-  if (kRegisters == 32) return vectors == 3 ? 9 : vectors == 2 ? 14 : 24;
-  return vectors == 3 ? 4 : vectors == 2 ? 6 : 12;
+  if (kRegisters == 32) return vectors == 3 ? 9 : vectors == 2 ? 14 : 8;
+  return vectors == 3 ? 4 : vectors == 2 ? 6 : 8;
 }
 
 // How `channels` output channels are cut into panels.
@@ -52,10 +51,41 @@ inline void pack_gemm(const float* w, int64_t channels, int64_t channel_stride, 
   }
 }
 
+// A product's BatchNorm, ready for the epilogue, and its weights. Where the sum is short and the pixels are many, the scale is
+// multiplied into a copy of the packed weights: sums then begin at the shift and end without multiplication.
+struct FoldedProduct {
+  const float* scale;  // null: the weights have it in them
+  const float* shift;
+  const float* weight;
+};
+
+FASTBLOCKS_INLINE bool fold_pays(int64_t pixels, int64_t depth) { return depth <= 64 && pixels >= 16 * depth; }
+
+FASTBLOCKS_INLINE int64_t folded_product_floats(int64_t channels, int64_t depth, bool fold) {
+  return Panels(channels).padded() * (fold ? 2 + depth : 2);
+}
+
+FASTBLOCKS_INLINE FoldedProduct folded_product(const float* packed, int64_t channels, bool fold, const float* memory) {
+  const int64_t padded = Panels(channels).padded();
+  return {fold ? nullptr : memory + padded, memory, fold ? memory + 2 * padded : packed};
+}
+
+inline void fold_product(const BatchNorm& norm, const float* packed, int64_t channels, int64_t depth, bool fold, float* memory) {
+  const Panels panels(channels);
+  float* scale = memory + panels.padded();
+  fold_batch_norm(norm, channels, panels.padded(), scale, memory);
+  if (!fold) return;
+  float* out = memory + 2 * panels.padded();
+  for (int64_t panel = 0; panel < panels.count; ++panel, scale += kPanelVectors * kLanes) {
+    const int64_t lanes = panels.width(panel) * kLanes;
+    for (int64_t k = 0; k < depth; ++k, packed += lanes, out += lanes)
+      for (int64_t n = 0; n < lanes; n += kLanes) store(out + n, load(packed + n) * load(scale + n));
+  }
+}
+
 // What happens to a finished sum.
 struct Epilogue {
-  const float* scale;  // of all output channels, padded to whole vectors
-  const float* shift;
+  FoldedProduct product;
   Clamp clamp;
   const float* residual;  // or null
   int64_t residual_stride;
@@ -69,97 +99,266 @@ struct Pixels {
   int64_t run_count, run_length, pixel_stride;
 };
 
+// Where the product goes: pixel m (counted from 0) stands at rows[m / row_pixels] + (m % row_pixels) * pixel_stride.
+struct Destination {
+  float* const* rows;
+  int64_t row_pixels, pixel_stride;
+};
+
+// The packed weights that follow those in use: each tile fetches a part of them, so that a panel is near when its turn comes. A small
+// map's weights come from L3 and are used by few tiles.
+struct Ahead {
+  const float* next;  // null: nothing to fetch
+  int64_t floats;     // a tile
+};
+
+FASTBLOCKS_INLINE void fetch(Ahead& ahead) {
+  if (!ahead.next) return;
+  for (int64_t i = 0; i < ahead.floats; i += 16) __builtin_prefetch(ahead.next + i);
+  ahead.next += ahead.floats;
+}
+
+// With so few pixels a tile passes too fast for that: it fetches its own weights, this many floats before it needs them.
+constexpr int kFewPixels = 2;
+constexpr int64_t kFetchDistance = 1024;
+// With more pixels than this, waiting for a panel once is no matter.
+constexpr int64_t kFetchPixels = 400;
+
+// Some tiles of one panel and one block of its depth. Pointers are those of the panel's first channel; pixel, row and column say
+// where the next tile begins and move on with each.
+struct TileRun {
+  Pixels a;
+  const float* w;
+  float* partial;
+  bool first, last;  // block of the depth
+  const float* scale;
+  const float* shift;
+  Clamp clamp;
+  const float* residual;
+  int64_t residual_stride;
+  Destination to;
+  int valid;  // channels
+  int64_t pixel, row, column;
+  Ahead ahead;
+};
+
+// One step of the depth for M pixels. One pointer serves three pixels through [base + stride] and [base + 2 * stride]: pointers to
+// 14 pixels would not fit the integer registers.
 template <int M, int V>
-inline void tile(const float* const* runs, int64_t run_count, int64_t run_length, int64_t offset, int64_t a_stride,
-                 const float* w, float* partial, bool first, bool last, const float* scale, const float* shift, Clamp clamp,
-                 const float* residual, int64_t residual_stride, float* const* out, int valid) {
-  Vec sum[M][V];
-  if (first) {
-#pragma GCC unroll 32
-    for (int m = 0; m < M; ++m)
+FASTBLOCKS_INLINE void tile_step(Vec (&sum)[M][V], const float* const (&a)[(M + 2) / 3], int64_t a_stride, int64_t k,
+                                 const float* w) {
+  Vec b[V];
 #pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) sum[m][v] = Vec{};
-  } else {
+  for (int v = 0; v < V; ++v) b[v] = load(w + v * kLanes);
 #pragma GCC unroll 32
-    for (int m = 0; m < M; ++m)
+  for (int m = 0; m < M; ++m) {
+    const Vec x = broadcast(a[m / 3][(m % 3) * a_stride + k]);
 #pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) sum[m][v] = load(partial + (m * V + v) * kLanes);
+    for (int v = 0; v < V; ++v) sum[m][v] += x * b[v];
   }
-  for (int64_t run = 0; run < run_count; ++run) {
-    // One pointer serves three pixels through [base + stride] and [base + 2 * stride]: 14 pixels do not fit the integer registers.
-    const float* a[(M + 2) / 3];
-#pragma GCC unroll 32
-    for (int i = 0; i < (M + 2) / 3; ++i) a[i] = runs[run] + offset + 3 * i * a_stride;
-#pragma GCC unroll 2
-    for (int64_t k = 0; k < run_length; ++k) {
-      Vec b[V];
-#pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) b[v] = load(w + v * kLanes);
-#pragma GCC unroll 32
-      for (int m = 0; m < M; ++m) {
-        const Vec x = broadcast(a[m / 3][(m % 3) * a_stride]);
-#pragma GCC unroll 3
-        for (int v = 0; v < V; ++v) sum[m][v] += x * b[v];
-      }
-#pragma GCC unroll 32
-      for (int i = 0; i < (M + 2) / 3; ++i) ++a[i];
-      w += V * kLanes;
-    }
-  }
-  if (!last) {
+}
+
+template <int M, int V>
+FASTBLOCKS_INLINE void tile_store(const Vec (&sum)[M][V], const TileRun& t, float* const (&out)[M]) {
+  const Vec low = broadcast(t.clamp.low), high = broadcast(t.clamp.high);
+  const float* residual = t.residual ? t.residual + t.pixel * t.residual_stride : nullptr;
+  if (!t.scale && t.valid == V * kLanes && !residual) {
 #pragma GCC unroll 32
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) store(partial + (m * V + v) * kLanes, sum[m][v]);
+      for (int v = 0; v < V; ++v) store(out[m] + v * kLanes, at_most(high, at_least(low, sum[m][v])));
     return;
   }
-  const Vec low = broadcast(clamp.low), high = broadcast(clamp.high);
 #pragma GCC unroll 3
   for (int v = 0; v < V; ++v) {
-    const Vec vscale = load(scale + v * kLanes), vshift = load(shift + v * kLanes);
-    const int lanes = valid - v * kLanes;
+    const Vec scale = t.scale ? load(t.scale + v * kLanes) : broadcast(1.0f);
+    const Vec shift = t.scale ? load(t.shift + v * kLanes) : Vec{};
+    const int lanes = t.valid - v * kLanes;
     if (lanes >= kLanes) {
       if (residual) {
 #pragma GCC unroll 32
         for (int m = 0; m < M; ++m) {
-          const Vec y = sum[m][v] * vscale + vshift + load(residual + m * residual_stride + v * kLanes);
+          const Vec y = sum[m][v] * scale + shift + load(residual + m * t.residual_stride + v * kLanes);
           store(out[m] + v * kLanes, at_most(high, at_least(low, y)));
         }
       } else {
 #pragma GCC unroll 32
-        for (int m = 0; m < M; ++m)
-          store(out[m] + v * kLanes, at_most(high, at_least(low, sum[m][v] * vscale + vshift)));
+        for (int m = 0; m < M; ++m) store(out[m] + v * kLanes, at_most(high, at_least(low, sum[m][v] * scale + shift)));
       }
     } else {
       for (int m = 0; m < M; ++m) {
-        Vec y = sum[m][v] * vscale + vshift;
-        if (residual) y += load_partial(residual + m * residual_stride + v * kLanes, lanes);
+        Vec y = sum[m][v] * scale + shift;
+        if (residual) y += load_partial(residual + m * t.residual_stride + v * kLanes, lanes);
         store_partial(out[m] + v * kLanes, lanes, at_most(high, at_least(low, y)));
       }
     }
   }
 }
 
-typedef void (*TileFunction)(const float* const*, int64_t, int64_t, int64_t, int64_t, const float*, float*, bool, bool,
-                             const float*, const float*, Clamp, const float*, int64_t, float* const*, int);
+template <int M, int V>
+inline void tile_run(TileRun& state, int64_t tiles) {
+  constexpr int kUnroll = 8;
+  // A copy that no store through a pointer can change: its members stay in registers.
+  TileRun t = state;
+  const int64_t a_stride = t.a.pixel_stride, run_length = t.a.run_length;
+  for (; tiles > 0; --tiles, t.pixel += M) {
+    fetch(t.ahead);
+    // The addresses first: at the end they would wait behind the sums.
+    float* out[M];
+    out[0] = t.to.rows[t.row] + t.column * t.to.pixel_stride;
+    if (t.column + M <= t.to.row_pixels) {
+#pragma GCC unroll 32
+      for (int m = 1; m < M; ++m) out[m] = out[0] + m * t.to.pixel_stride;
+      t.column += M;
+    } else {
+      for (int m = 0; m < M; ++m, ++t.column) {
+        if (t.column == t.to.row_pixels) t.column = 0, ++t.row;
+        out[m] = t.to.rows[t.row] + t.column * t.to.pixel_stride;
+      }
+    }
+    if (t.column == t.to.row_pixels) t.column = 0, ++t.row;
+    Vec sum[M][V];
+    float* partial = t.partial + t.pixel * V * kLanes;
+    if (t.first) {
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) {
+        const Vec start = t.scale ? Vec{} : load(t.shift + v * kLanes);
+#pragma GCC unroll 32
+        for (int m = 0; m < M; ++m) sum[m][v] = start;
+      }
+    } else {
+#pragma GCC unroll 32
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 3
+        for (int v = 0; v < V; ++v) sum[m][v] = load(partial + (m * V + v) * kLanes);
+    }
+    const float* w = t.w;
+    for (int64_t run = 0; run < t.a.run_count; ++run) {
+      const float* a[(M + 2) / 3];
+#pragma GCC unroll 32
+      for (int i = 0; i < (M + 2) / 3; ++i) a[i] = t.a.runs[run] + (t.pixel + 3 * i) * a_stride;
+      int64_t k = 0;
+      for (; k + kUnroll <= run_length; k += kUnroll) {
+#pragma GCC unroll 8
+        for (int u = 0; u < kUnroll; ++u) {
+          if (M <= kFewPixels) __builtin_prefetch(w + u * V * kLanes + kFetchDistance);
+          tile_step<M, V>(sum, a, a_stride, u, w + u * V * kLanes);
+        }
+#pragma GCC unroll 32
+        for (int i = 0; i < (M + 2) / 3; ++i) a[i] += kUnroll;
+        w += kUnroll * V * kLanes;
+      }
+      for (; k < run_length; ++k) {
+        tile_step<M, V>(sum, a, a_stride, 0, w);
+#pragma GCC unroll 32
+        for (int i = 0; i < (M + 2) / 3; ++i) ++a[i];
+        w += V * kLanes;
+      }
+    }
+    if (!t.last) {
+#pragma GCC unroll 32
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 3
+        for (int v = 0; v < V; ++v) store(partial + (m * V + v) * kLanes, sum[m][v]);
+      continue;
+    }
+    tile_store<M, V>(sum, t, out);
+  }
+  state.pixel = t.pixel, state.row = t.row, state.column = t.column, state.ahead = t.ahead;
+}
+
+// The same for the plain case, which nearly all work is: one run, the whole depth at once, whole vectors, destination in a straight
+// line. Between two tiles stand a dozen instructions; in tile_run() they are a hundred, a quarter of the time of a 16-deep sum.
+enum class Finish { kFolded, kScaled, kResidual };
+
+struct Line {
+  const float* a;
+  int64_t a_stride, depth;
+  const float* w;
+  const float* scale;
+  const float* shift;
+  const float* residual;
+  int64_t residual_stride;
+  float* out;
+  int64_t out_stride;
+  Clamp clamp;
+  Ahead ahead;
+};
+
+template <int M, int V, Finish kFinish>
+inline void tile_line(Line& line, int64_t tiles) {
+  constexpr int kUnroll = 8;
+  const int64_t a_stride = line.a_stride, out_stride = line.out_stride, depth = line.depth;
+  const float* first = line.a;
+  const float* residual = line.residual;
+  float* out = line.out;
+  const float *packed = line.w, *scales = line.scale, *shifts = line.shift;
+  const Vec low = broadcast(line.clamp.low), high = broadcast(line.clamp.high);
+  Ahead ahead = line.ahead;
+  for (; tiles > 0; --tiles) {
+    fetch(ahead);
+    Vec sum[M][V];
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+      const Vec start = kFinish == Finish::kFolded ? load(shifts + v * kLanes) : Vec{};
+#pragma GCC unroll 32
+      for (int m = 0; m < M; ++m) sum[m][v] = start;
+    }
+    const float* a[(M + 2) / 3];
+#pragma GCC unroll 32
+    for (int i = 0; i < (M + 2) / 3; ++i) a[i] = first + 3 * i * a_stride;
+    const float* w = packed;
+    int64_t k = depth;
+    for (; k >= kUnroll; k -= kUnroll) {
+#pragma GCC unroll 8
+      for (int u = 0; u < kUnroll; ++u) tile_step<M, V>(sum, a, a_stride, u, w + u * V * kLanes);
+#pragma GCC unroll 32
+      for (int i = 0; i < (M + 2) / 3; ++i) a[i] += kUnroll;
+      w += kUnroll * V * kLanes;
+    }
+    for (; k > 0; --k) {
+      tile_step<M, V>(sum, a, a_stride, 0, w);
+#pragma GCC unroll 32
+      for (int i = 0; i < (M + 2) / 3; ++i) ++a[i];
+      w += V * kLanes;
+    }
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v)
+#pragma GCC unroll 32
+      for (int m = 0; m < M; ++m) {
+        Vec y = sum[m][v];
+        if (kFinish != Finish::kFolded) y = y * load(scales + v * kLanes) + load(shifts + v * kLanes);
+        if (kFinish == Finish::kResidual) y += load(residual + m * line.residual_stride + v * kLanes);
+        store(out + m * out_stride + v * kLanes, at_most(high, at_least(low, y)));
+      }
+    first += M * a_stride;
+    out += M * out_stride;
+    if (kFinish == Finish::kResidual) residual += M * line.residual_stride;
+  }
+  line.ahead = ahead;
+}
+
+// The functions of one tile size.
+struct TileFunctions {
+  void (*run)(TileRun&, int64_t);
+  void (*line[3])(Line&, int64_t);  // by Finish
+};
 
 template <int V>
 struct Tiles;
 
-#define FASTBLOCKS_TILES_4(V, M) tile<M + 1, V>, tile<M + 2, V>, tile<M + 3, V>, tile<M + 4, V>
+#define FASTBLOCKS_TILE(V, M) \
+  { tile_run<M, V>, {tile_line<M, V, Finish::kFolded>, tile_line<M, V, Finish::kScaled>, tile_line<M, V, Finish::kResidual>} }
+#define FASTBLOCKS_TILES_4(V, M) \
+  FASTBLOCKS_TILE(V, M + 1), FASTBLOCKS_TILE(V, M + 2), FASTBLOCKS_TILE(V, M + 3), FASTBLOCKS_TILE(V, M + 4)
 template <>
 struct Tiles<1> {
-  static constexpr TileFunction table[] = {
-    FASTBLOCKS_TILES_4(1, 0), FASTBLOCKS_TILES_4(1, 4), FASTBLOCKS_TILES_4(1, 8),
-#if FASTBLOCKS_VECTOR_BYTES == 64
-    FASTBLOCKS_TILES_4(1, 12), FASTBLOCKS_TILES_4(1, 16), FASTBLOCKS_TILES_4(1, 20)
-#endif
-  };
+  static constexpr TileFunctions table[] = {FASTBLOCKS_TILES_4(1, 0), FASTBLOCKS_TILES_4(1, 4)};
 };
 template <>
 struct Tiles<2> {
-  static constexpr TileFunction table[] = {
-    FASTBLOCKS_TILES_4(2, 0), tile<5, 2>, tile<6, 2>,
+  static constexpr TileFunctions table[] = {
+    FASTBLOCKS_TILES_4(2, 0), FASTBLOCKS_TILE(2, 5), FASTBLOCKS_TILE(2, 6),
 #if FASTBLOCKS_VECTOR_BYTES == 64
     FASTBLOCKS_TILES_4(2, 6), FASTBLOCKS_TILES_4(2, 10)
 #endif
@@ -167,16 +366,17 @@ struct Tiles<2> {
 };
 template <>
 struct Tiles<3> {
-  static constexpr TileFunction table[] = {
+  static constexpr TileFunctions table[] = {
     FASTBLOCKS_TILES_4(3, 0),
 #if FASTBLOCKS_VECTOR_BYTES == 64
-    FASTBLOCKS_TILES_4(3, 4), tile<9, 3>
+    FASTBLOCKS_TILES_4(3, 4), FASTBLOCKS_TILE(3, 9)
 #endif
   };
 };
 #undef FASTBLOCKS_TILES_4
+#undef FASTBLOCKS_TILE
 
-FASTBLOCKS_INLINE TileFunction tile_function(int pixels, int vectors) {
+FASTBLOCKS_INLINE const TileFunctions& tile_functions(int64_t pixels, int vectors) {
   if (vectors == 2) return Tiles<2>::table[pixels - 1];
   if (vectors == 3) return Tiles<3>::table[pixels - 1];
   return Tiles<1>::table[pixels - 1];
@@ -185,59 +385,93 @@ FASTBLOCKS_INLINE TileFunction tile_function(int pixels, int vectors) {
 // Floats of the buffer of partial sums for `pixels` pixels of one panel.
 FASTBLOCKS_INLINE int64_t partial_floats(int64_t pixels) { return pixels * kMaxPanelVectors * kLanes; }
 
-// Where the product goes: pixel m (counted from 0) stands at rows[m / row_pixels] + (m % row_pixels) * pixel_stride.
-struct Destination {
-  float* const* rows;
-  int64_t row_pixels, pixel_stride;
-};
-
-// One panel for `pixels` pixels. `w` is the panel's packed weight; `scale`, `shift`, `residual` and the destination's channels begin
-// at the panel's first channel. `partial` is needed only where the depth exceeds kDepthBlock (single-run operands).
-inline void gemm_panel(const Pixels& a, int64_t pixels, const float* w, int vectors, int valid, const Epilogue& e,
-                       const float* residual, const float* scale, const float* shift, const Destination& to, float* partial) {
-  const int64_t tiles = divide_up(pixels, max_tile_pixels(vectors));
+// A stretch of pixels in the plain case.
+inline void gemm_line(TileRun& t, int64_t pixel, int64_t pixels, float* out, int vectors) {
+  const Finish finish = !t.scale ? Finish::kFolded : t.residual ? Finish::kResidual : Finish::kScaled;
+  Line line = {t.a.runs[0] + pixel * t.a.pixel_stride,
+               t.a.pixel_stride,
+               t.a.run_length,
+               t.w,
+               t.scale,
+               t.shift,
+               t.residual ? t.residual + pixel * t.residual_stride : nullptr,
+               t.residual_stride,
+               out,
+               t.to.pixel_stride,
+               t.clamp,
+               t.ahead};
+  // 5 x 2 accumulators lose less between tiles than 6 x 2, which only a long sum repays.
+  const int most = max_tile_pixels(vectors) - (kRegisters == 16 && vectors == 2 && line.depth <= 32);
+  const int64_t tiles = divide_up(pixels, most);
   const int64_t base = pixels / tiles, extra = pixels % tiles;
-  const TileFunction small = tile_function((int)base, vectors);
-  const TileFunction big = extra ? tile_function((int)base + 1, vectors) : small;
-  const int64_t depth = a.run_length;
-  // Blocks of equal depth, so that the last is not a short one.
-  const int64_t blocks = a.run_count > 1 ? 1 : divide_up(depth, kDepthBlock);
-  const int64_t block_depth = divide_up(depth, blocks);
-  float* out[kMaxTilePixels];
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t from = block * block_depth, length = smaller(block_depth, depth - from);
-    const float* first_run = a.runs[0] + from;
-    const float* const* runs = blocks > 1 ? &first_run : a.runs;
-    const float* weight = w + from * vectors * kLanes;
-    const bool last = block + 1 == blocks;
-    int64_t m = 0, row = 0, column = 0;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t count = base + (t < extra);
-      if (last)
-        for (int64_t i = 0; i < count; ++i) {
-          out[i] = to.rows[row] + column * to.pixel_stride;
-          if (++column == to.row_pixels) column = 0, ++row;
-        }
-      (t < extra ? big : small)(runs, a.run_count, length, m * a.pixel_stride, a.pixel_stride, weight,
-                                partial + m * vectors * kLanes, block == 0, last, scale, shift, e.clamp,
-                                residual ? residual + m * e.residual_stride : nullptr, e.residual_stride, out, valid);
-      m += count;
-    }
+  if (extra) {
+    tile_functions(base + 1, vectors).line[(int)finish](line, extra);
+    const int64_t done = extra * (base + 1);
+    line.a += done * line.a_stride, line.out += done * line.out_stride;
+    if (line.residual) line.residual += done * line.residual_stride;
   }
+  tile_functions(base, vectors).line[(int)finish](line, tiles - extra);
+  t.ahead = line.ahead;
 }
 
-// Panels [panel_begin, panel_end) of the product; packed weights, scale, shift and `to` are those of channel 0.
-inline void gemm(const Pixels& a, int64_t pixels, const float* packed, int64_t out_channels, int64_t panel_begin,
-                 int64_t panel_end, const Epilogue& e, const Destination& to, float* partial, float** rows_scratch) {
+// One panel for `pixels` pixels; t holds the panel's pointers. `partial` is needed only where the depth exceeds kDepthBlock.
+inline void gemm_panel(TileRun& t, int64_t pixels, int vectors) {
+  const int64_t depth = t.a.run_length;
+  // Blocks of equal depth, so that the last is not a short one.
+  const int64_t blocks = t.a.run_count > 1 ? 1 : divide_up(depth, kDepthBlock);
+  // Rows of few tiles are better crossed than cut.
+  const bool straight = t.to.row_pixels >= smaller(pixels, 4 * max_tile_pixels(vectors));
+  const int64_t tiles = divide_up(pixels, max_tile_pixels(vectors));
+  const int64_t base = pixels / tiles, extra = pixels % tiles;
+  const int64_t block_depth = divide_up(depth, larger(blocks, 1));
+  const int64_t ahead_floats = pixels > kFewPixels && pixels <= kFetchPixels
+                                   ? round_up(divide_up(block_depth * vectors * kLanes, tiles), 16)
+                                   : 0;
+  t.ahead = {ahead_floats ? t.w + block_depth * vectors * kLanes : nullptr, ahead_floats};
+  if (blocks == 1 && t.a.run_count == 1 && straight && t.valid == vectors * kLanes && !(t.residual && !t.scale)) {
+    for (int64_t row = 0, pixel = 0; pixel < pixels; ++row, pixel += t.to.row_pixels)
+      gemm_line(t, pixel, smaller(t.to.row_pixels, pixels - pixel), t.to.rows[row], vectors);
+    return;
+  }
+  const float* const* runs = t.a.runs;
+  const float* w = t.w;
+  const float* block_run = runs[0];
+  if (blocks > 1) t.a.runs = &block_run;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t from = block * block_depth;
+    block_run = runs[0] + from;
+    t.a.run_length = smaller(block_depth, depth - from);
+    t.w = w + from * vectors * kLanes;
+    t.first = block == 0, t.last = block + 1 == blocks;
+    t.pixel = t.row = t.column = 0;
+    if (ahead_floats) t.ahead.next = t.w + block_depth * vectors * kLanes;
+    if (extra) tile_functions(base + 1, vectors).run(t, extra);
+    tile_functions(base, vectors).run(t, tiles - extra);
+  }
+  t.a.runs = runs, t.a.run_length = depth;
+}
+
+// Panels [panel_begin, panel_end) of the product; the epilogue's pointers and `to` are those of channel 0. `rows_scratch` holds
+// as many pointers as the destination has rows.
+inline void gemm(const Pixels& a, int64_t pixels, int64_t out_channels, int64_t panel_begin, int64_t panel_end,
+                 const Epilogue& e, const Destination& to, float* partial, float** rows_scratch) {
   const Panels panels(out_channels);
   const int64_t depth = a.run_count * a.run_length, row_count = divide_up(pixels, to.row_pixels);
+  TileRun t{};
+  t.a = a;
+  t.partial = partial;
+  t.clamp = e.clamp;
+  t.residual_stride = e.residual_stride;
+  t.to = {rows_scratch, to.row_pixels, to.pixel_stride};
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const int64_t channel = panels.first_channel(panel);
     const int width = panels.width(panel);
     for (int64_t row = 0; row < row_count; ++row) rows_scratch[row] = to.rows[row] + channel;
-    const Destination here = {rows_scratch, to.row_pixels, to.pixel_stride};
-    gemm_panel(a, pixels, packed + channel * depth, width, e.pad_channels ? width * kLanes : panels.valid(panel), e,
-               e.residual ? e.residual + channel : nullptr, e.scale + channel, e.shift + channel, here, partial);
+    t.w = e.product.weight + channel * depth;
+    t.scale = e.product.scale ? e.product.scale + channel : nullptr, t.shift = e.product.shift + channel;
+    t.residual = e.residual ? e.residual + channel : nullptr;
+    t.valid = e.pad_channels ? width * kLanes : panels.valid(panel);
+    gemm_panel(t, pixels, width);
   }
 }
 

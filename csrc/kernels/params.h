@@ -62,6 +62,7 @@ struct PointwiseParams {
   int64_t out_stride;
   float* shared;
   // set by prepare
+  bool fold;
   int64_t pixel_block, panel_block, pixel_blocks;
 };
 
@@ -87,6 +88,8 @@ struct ConvParams {
   Clamp clamp;
   Image out;
   float* shared;
+  // set by prepare
+  bool fold;
   int64_t bands;
 };
 
@@ -103,6 +106,7 @@ struct InvertedResidualParams {
   Image out;  // row_stride = out_width * pixel_stride
   float* shared;
   // set by prepare
+  bool fold_expand, fold_project;
   int64_t bands, chunk_rows, hidden_stride, pixel_block, pixel_blocks, panel_block, panel_blocks;
 };
 

@@ -1,7 +1,6 @@
 // Pointwise (1x1) convolution + BatchNorm [+ residual] + activation: on NHWC data it is a matrix product without any movement.
 #pragma once
 
-#include "batch_norm-inl.h"
 #include "gemm-inl.h"
 
 namespace fastblocks {
@@ -17,12 +16,12 @@ inline void pointwise_run(const void* params, int64_t begin, int64_t end, char* 
     const int64_t pixels = smaller(p.pixel_block, p.pixels - m);
     const float* a = p.x + m * p.x_stride;
     const Pixels left = {&a, 1, p.in_channels, p.x_stride};
-    const Epilogue e = {p.shared, p.shared + panels.padded(), p.clamp, p.residual ? p.residual + m * p.residual_stride : nullptr,
-                        p.residual_stride, false};
+    const Epilogue e = {folded_product(p.packed_weight, p.out_channels, p.fold, p.shared), p.clamp,
+                        p.residual ? p.residual + m * p.residual_stride : nullptr, p.residual_stride, false};
     float* row = p.out + m * p.out_stride;
     float* row_scratch;
     const Destination to = {&row, pixels, p.out_stride};
-    gemm(left, pixels, p.packed_weight, p.out_channels, panel, smaller(panel + p.panel_block, panels.count), e, to, partial,
+    gemm(left, pixels, p.out_channels, panel, smaller(panel + p.panel_block, panels.count), e, to, partial,
          &row_scratch);
   }
 }
@@ -49,13 +48,13 @@ inline void pointwise_prepare(void* params, int threads, Work* work) {
   work->count = 1;
   work->phases[0] = {pointwise_run, &p, p.pixel_blocks * panel_blocks};
   work->worker_bytes = partial_floats(p.pixel_block) * sizeof(float);
-  work->shared_bytes = 2 * panels.padded() * sizeof(float);
+  p.fold = fold_pays(p.pixels, p.in_channels);
+  work->shared_bytes = folded_product_floats(p.out_channels, p.in_channels, p.fold) * sizeof(float);
 }
 
 inline void pointwise_begin(void* params) {
   PointwiseParams& p = *static_cast<PointwiseParams*>(params);
-  const Panels panels(p.out_channels);
-  fold_batch_norm(p.norm, p.out_channels, panels.padded(), p.shared, p.shared + panels.padded());
+  fold_product(p.norm, p.packed_weight, p.out_channels, p.in_channels, p.fold, p.shared);
 }
 
 }  // namespace FASTBLOCKS_LEVEL

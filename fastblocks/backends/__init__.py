@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastblocks.backends import reference
 
-__all__ = ["backend_info", "current_backend", "use_backend"]
+__all__ = ["backend_info", "current_backend", "refresh", "use_backend"]
 
 NAMES = ("native", "reference")
 
@@ -128,6 +128,27 @@ def backend_info() -> dict[str, Any]:
         "thread_pool": found.get("pool", "torch"),
         "reason": found.get("reason") or _reason,
     }
+
+
+def refresh(module: torch.nn.Module | None = None) -> None:
+    """Forget what the tiers keep of a module's weights, or of all weights.
+
+    Needed only after a weight was edited in a way that torch does not count as a change: in place through ``.data`` or
+    through a numpy view. Optimizers, ``load_state_dict``, ``copy_`` and the like are noticed without it.
+
+    Args:
+        module: whose parameters to forget; None for all.
+
+    Example:
+        >>> import torch, fastblocks
+        >>> layer = fastblocks.PointwiseConvBNAct(8, 8).eval()
+        >>> _ = layer[0].weight.data.mul_(2)
+        >>> fastblocks.refresh(layer)
+    """
+    if _native is not None:
+        from fastblocks.backends import packs
+
+        packs.refresh(module)
 
 
 def _start() -> None:

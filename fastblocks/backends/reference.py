@@ -32,7 +32,13 @@ def _activate(x: Tensor, activation: str | None) -> Tensor:
 
 
 def _conv_bn(
-    x: Tensor, conv: Conv, eps: float, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+    x: Tensor,
+    conv: Conv,
+    eps: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> Tensor:
     weight, bias, mean, var, bn_weight, bn_bias = conv
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 import click
+
+import fastblocks
 
 __all__ = ["cli", "run"]
 
@@ -17,30 +18,22 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a file name that the terminal cannot show is no reason to fail
     try:
-        cli.main(arguments, prog_name="fastblocks", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message(), file=sys.stderr)
-        return 2
+        return cli.main(arguments, prog_name="fastblocks", standalone_mode=False) or 0
     except click.ClickException as error:
         print(f"fastblocks: {' '.join(error.format_message().split())}", file=sys.stderr)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return 130
-    return 0
 
 
-def package_version() -> str:
-    """The installed version, or "unknown" in a source tree that was never installed."""
-    try:
-        return version("fastblocks")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_version(), prog_name="fastblocks")
-def cli() -> None:
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(fastblocks.__version__, prog_name="fastblocks")
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Fused CPU kernels for mobile networks, as PyTorch layers."""
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        context.exit(2)
 
 
 @cli.command()
@@ -83,4 +76,4 @@ def info(as_json: bool) -> None:
     from fastblocks.cli.info import collect
     from fastblocks.cli.report import print_info, print_json
 
-    (print_json if as_json else print_info)(collect(package_version()))
+    (print_json if as_json else print_info)(collect())

@@ -15,10 +15,10 @@ from fastblocks.models.weights import IMAGENET, cached_path
 __all__ = ["collect", "cpu_name"]
 
 
-def collect(version: str) -> dict[str, Any]:
+def collect() -> dict[str, Any]:
     """Versions, machine, backend and the state of the weights' cache, as plain strings and numbers."""
     return {
-        "fastblocks": version,
+        "fastblocks": fastblocks.__version__,
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "python": platform.python_version(),

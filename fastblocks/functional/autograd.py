@@ -9,40 +9,47 @@ that has a None in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from fastblocks.backends import reference
+from fastblocks.backends import reference, state
 
 
 class _Call:
-    """One call of one op: its arguments taken apart into tensors and the rest."""
+    """One call of one op: its arguments with the tensors taken out, which are for ``save_for_backward`` alone."""
 
-    __slots__ = ("below", "leaves", "name", "spec", "where")
+    __slots__ = ("below", "name", "parts")
 
-    def __init__(self, name: str, args: tuple[Any, ...], below: Callable[..., Tensor]) -> None:
+    def __init__(self, name: str, args: Sequence[Any], below: Callable[..., Tensor], tensors: list[Any]) -> None:
         self.name = name
         self.below = below
-        self.leaves, self.spec = pytree.tree_flatten(args)
-        self.where = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        # a tensor is True, a record a tuple of which entries are tensors, anything else itself in a list
+        parts: list[Any] = []
+        for arg in args:
+            if isinstance(arg, Tensor):
+                tensors.append(arg)
+                parts.append(True)
+            elif isinstance(arg, (tuple, list)) and len(arg) == 6:
+                tensors += [t for t in arg if t is not None]
+                parts.append(tuple([t is not None for t in arg]))
+            else:
+                parts.append([arg])
+        self.parts = parts
 
-    def take_tensors(self) -> list[Tensor]:
-        """The tensors; the call keeps none of them, that is for ``save_for_backward``."""
-        tensors = [self.leaves[i] for i in self.where]
-        for i in self.where:
-            self.leaves[i] = None
-        return tensors
-
-    def args(self, tensors: Any) -> tuple[Any, ...]:
+    def args(self, tensors: Sequence[Tensor]) -> list[Any]:
         """The arguments again, with these tensors in place."""
-        leaves = list(self.leaves)
-        for i, tensor in zip(self.where, tensors, strict=True):
-            leaves[i] = tensor
-        args: tuple[Any, ...] = pytree.tree_unflatten(leaves, self.spec)
+        rest = iter(tensors)
+        args: list[Any] = []
+        for part in self.parts:
+            if part is True:
+                args.append(next(rest))
+            elif type(part) is tuple:
+                args.append([next(rest) if is_tensor else None for is_tensor in part])
+            else:
+                args.append(part[0])
         return args
 
 
@@ -63,9 +70,7 @@ class Op(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:]
         with torch.enable_grad():
             # a view for each: one tensor may come in as several arguments, and each has a gradient of its own
-            tensors = [
-                t.view_as(t) if need else t.detach() for t, need in zip(ctx.saved_tensors, needs, strict=True)
-            ]
+            tensors = [t.view_as(t) if need else t.detach() for t, need in zip(ctx.saved_tensors, needs, strict=True)]
             output = reference.TABLE[ctx.call.name](*ctx.call.args(tensors))
         grads: list[Tensor | None] = [None] * len(tensors)
         wanted = [i for i, need in enumerate(needs) if need]
@@ -76,6 +81,17 @@ class Op(torch.autograd.Function):
         for i, g in zip(wanted, found, strict=True):
             grads[i] = g
         return (None, *grads)
+
+
+def differentiable(name: str, args: Sequence[Any]) -> Tensor:
+    """The current tier's function on checked arguments, recorded for backward; without torch's dispatcher."""
+    function = state.table[name]
+    if state.native is None:
+        return function(*args)
+    tensors: list[Any] = []
+    call = _Call(name, args, function, tensors)
+    result: Tensor = Op.apply(call, *tensors)
+    return result
 
 
 def kernel(name: str) -> Callable[..., Tensor]:
@@ -90,8 +106,8 @@ def kernel(name: str) -> Callable[..., Tensor]:
                 return result
 
         if torch.is_grad_enabled():
-            call = _Call(name, tuple(list(a) if isinstance(a, (list, tuple)) else a for a in args), below)
-            tensors = call.take_tensors()
+            tensors: list[Any] = []
+            call = _Call(name, args, below, tensors)
             if any(t.requires_grad for t in tensors):
                 result: Tensor = Op.apply(call, *tensors)
                 return result

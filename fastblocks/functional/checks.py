@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastblocks.functional.record import ConvBN
 
@@ -22,6 +23,7 @@ _MAX_BYTES = 2**47
 _ACTIVATIONS = (None, "relu", "relu6")
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _HALVES = (torch.float16, torch.bfloat16)
+_DENSE = (Tensor, torch.nn.Parameter)
 _VECTORS = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias")
 
 Conv = Sequence[Any]
@@ -97,15 +99,26 @@ def image(name: str, x: Any, channels: int | None = None) -> None:
         raise ValueError(f"{name}: expected {channels} channels, got {x.shape[1]}: {_shape(x)}")
 
 
+def _autocast(input: Tensor) -> bool:
+    """Whether torch itself brings the operands to one dtype."""
+    return torch.is_autocast_enabled(input.device.type)
+
+
+def _same_device(a: Tensor, b: Tensor) -> bool:
+    # is_cpu is much the faster one, but leaves a trace in a traced graph
+    if not is_compiling() and a.is_cpu and b.is_cpu:
+        return True
+    return a.device == b.device
+
+
 def _same_kind(name: str, tensor: Any, input: Tensor, parameters: torch.dtype | None = None) -> None:
     """A dense tensor of the input's device and dtype. `parameters` is another dtype that is as good."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype is not input.dtype and tensor.dtype is not parameters:
-        # under autocast torch itself brings the operands to one dtype
-        if tensor.dtype not in _FLOATS or not torch.is_autocast_enabled(input.device.type):
-            _dtype_error(name, tensor, f"the input's dtype {input.dtype}")
-    if tensor.is_cpu is not input.is_cpu or (not input.is_cpu and tensor.device != input.device):
+    dtype = tensor.dtype
+    if dtype is not input.dtype and dtype is not parameters and not (dtype in _FLOATS and _autocast(input)):
+        _dtype_error(name, tensor, f"the input's dtype {input.dtype}")
+    if not _same_device(tensor, input):
         raise ValueError(f"{name}: expected the input's device {input.device}, got {tensor.device}")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
@@ -116,7 +129,16 @@ def _conv(name: str, conv: Conv, input: Tensor, channels: int, depthwise: bool) 
     if len(conv) != 6:
         raise ValueError(f"{name}: expected 6 entries (weight, bias, 4 of BatchNorm), got {len(conv)}")
     weight = conv[0]
-    _same_kind(f"{name}.weight", weight, input)
+    dtype = input.dtype
+    cpu = not is_compiling() and input.is_cpu
+    if not (
+        cpu
+        and weight.__class__ in _DENSE
+        and weight.is_cpu
+        and weight.dtype is dtype
+        and weight.layout is torch.strided
+    ):
+        _same_kind(f"{name}.weight", weight, input)
     if weight.dim() != 4:
         raise ValueError(f"{name}.weight: expected 4 dimensions (out, in, kh, kw), got {_shape(weight)}")
     out, fan, kh, kw = weight.shape
@@ -128,7 +150,8 @@ def _conv(name: str, conv: Conv, input: Tensor, channels: int, depthwise: bool) 
             )
     elif fan != channels:
         raise ValueError(
-            f"{name}.weight: expected {channels} input channels (groups = 1), as the input has, got {fan}: {_shape(weight)}"
+            f"{name}.weight: expected {channels} input channels (groups = 1), as the input has, "
+            f"got {fan}: {_shape(weight)}"
         )
     if out < 1 or kh < 1 or kw < 1:
         raise ValueError(f"{name}.weight: expected no empty dimension, got {_shape(weight)}")
@@ -139,16 +162,23 @@ def _conv(name: str, conv: Conv, input: Tensor, channels: int, depthwise: bool) 
                 raise ValueError(f"{name}.{missing}: expected a tensor beside {name}.{_VECTORS[i - 1]}, got None")
     # torch's BatchNorm takes float32 parameters beside half precision inputs
     other = torch.float32 if input.dtype in _HALVES else None
-    for i in range(1, 6):
-        vector = conv[i]
-        if vector is not None:
-            if vector.__class__ is Tensor and vector.shape == (out,) and vector.dtype is input.dtype and vector.is_cpu:
-                if input.is_cpu and vector.layout is torch.strided:
-                    continue
+    size = (out,)
+    for i, vector in enumerate(conv):
+        if i and vector is not None:
+            if (
+                cpu
+                and vector.__class__ in _DENSE
+                and vector.is_cpu
+                and vector.dtype is dtype
+                and vector.shape == size
+                and vector.layout is torch.strided
+            ):
+                continue
             _same_kind(f"{name}.{_VECTORS[i - 1]}", vector, input, other if i > 1 else None)
             if vector.dim() != 1 or vector.shape[0] != out:
                 raise ValueError(
-                    f"{name}.{_VECTORS[i - 1]}: expected shape ({out},), as the weight has {out} outputs, got {_shape(vector)}"
+                    f"{name}.{_VECTORS[i - 1]}: expected shape ({out},), as the weight has {out} outputs, "
+                    f"got {_shape(vector)}"
                 )
     return out, kh, kw
 
@@ -168,14 +198,17 @@ def _output(
         if not (least <= a <= LIMIT and least <= b <= LIMIT):
             shown = a if a == b else tuple(values)
             raise ValueError(f"{name}: expected values from {least} to {LIMIT}, got {shown}")
+    if is_compiling():
+        # sizes may be symbols: comparing them would bind the traced program to what was compared
+        return None, None
     size: list[Any] = []
     for i in (0, 1):
         reach = dilation[i] * (kernel[i] - 1) + 1
         padded = input.shape[2 + i] + 2 * padding[i]
         if padded < reach:
             raise ValueError(
-                f"input: expected a {('height', 'width')[i]} of at least {reach - 2 * padding[i]}, for {weight} reaches "
-                f"over {reach} with padding {padding[i]} and dilation {dilation[i]}, got {_shape(input)}"
+                f"input: expected a {('height', 'width')[i]} of at least {reach - 2 * padding[i]}, for {weight} "
+                f"reaches over {reach} with padding {padding[i]} and dilation {dilation[i]}, got {_shape(input)}"
             )
         size.append((padded - reach) // stride[i] + 1)
     height, width = size
@@ -230,6 +263,8 @@ def _pointwise(name: str, conv: Conv, input: Tensor, channels: int) -> int:
 
 
 def _empty_plane(input: Tensor) -> None:
+    if is_compiling():
+        return
     if input.shape[2] < 1 or input.shape[3] < 1:
         raise ValueError(f"input: expected a height and width of at least 1, got {_shape(input)}")
 
@@ -257,7 +292,7 @@ def inverted_residual(
         raise ValueError(f"eps: expected 3 values, got {len(eps)}")
     _empty_plane(input)
     size = _output(input, out, (kh, kw), (stride, stride), (padding, padding), (1, 1), "depthwise.weight")
-    if residual and (out != channels or size != (input.shape[2], input.shape[3])):
+    if residual and (out != channels or not (is_compiling() or size == (input.shape[2], input.shape[3]))):
         raise ValueError(
             f"residual: expected False where input and output differ, here ({channels}, {input.shape[2]}, "
             f"{input.shape[3]}) and ({out}, {size[0]}, {size[1]}), got {residual!r}"

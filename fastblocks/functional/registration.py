@@ -18,6 +18,7 @@ from fastblocks.backends import reference, state
 from fastblocks.backends.layout import output_memory_format
 from fastblocks.functional import autograd
 from fastblocks.functional.checks import CHECKS
+from fastblocks.functional.plain import dense
 
 SCHEMAS = {
     "conv_bn_act": "(Tensor input, Tensor?[] conv, float eps, int[2] stride, int[2] padding, int[2] dilation, "
@@ -118,7 +119,7 @@ def _kernel(name: str, native: bool) -> Callable[..., Tensor]:
         check(*args)
         table = state.native
         if native and table is not None and args[0].dtype is torch.float32:
-            return table[name](*args)
+            return table[name](*dense(args))
         with torch.autocast(args[0].device.type, enabled=False):
             y = plain(*args)
         # torch's convolutions choose the format by dtype as well; what was promised to tracers is one rule

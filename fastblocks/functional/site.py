@@ -17,30 +17,37 @@ from torch import Tensor
 
 from fastblocks.backends import state
 from fastblocks.functional import checks, dispatch
+from fastblocks.functional.autograd import differentiable
+from fastblocks.functional.plain import dispatch_modes, function_modes, nothing_watches, profiling, readable
 
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
 _grad = torch.is_grad_enabled
-_profiling = torch.autograd._profiler_enabled
 
 
 def _guards() -> Any:
     """Dynamo's tensor guards, which make this comparison in C++. They are private to torch: try before use."""
     try:
-        from torch._C._dynamo.guards import TensorGuards
+        from torch._C._dynamo import guards
+
+        make: Any = guards.TensorGuards
 
         a, b = torch.ones(1, 1, 2, 2), torch.ones(2)
-        guard = TensorGuards(a, b, dynamic_dims_sizes=[[None] * 4, [2]], dynamic_dims_strides=[[None] * 4, [1]])
+        guard = make(a, b, dynamic_dims_sizes=[[None] * 4, [2]], dynamic_dims_strides=[[None] * 4, [1]])
         good = [(a, b), (torch.ones(2, 3, 4, 5), b)]
         bad = [(a.double(), b), (a, torch.ones(3)), (a, b.double()), (torch.ones(1, 2, 2), b), (a, torch.ones(4)[::2])]
         if all(guard.check(*pair) for pair in good) and not any(guard.check(*pair) for pair in bad):
-            return TensorGuards
+            return make
     except (ImportError, AttributeError, TypeError, RuntimeError):
         pass
     return None
 
 
 _TensorGuards = _guards()
+
+
+def _never(*tensors: Any) -> bool:
+    return False
+
+
 _seen = operator.attrgetter("__class__", "dtype", "device", "layout", "requires_grad")
 
 
@@ -58,13 +65,14 @@ def _remember(input: Tensor, tensors: Sequence[Tensor]) -> Callable[..., bool]:
     shapes = [(t.shape, t.stride()) for t in tensors]
     rank = input.dim()
 
-    def same(input: Tensor, *tensors: Tensor) -> bool:
+    def same(input: Any, *tensors: Any) -> bool:
         return (
-            [_seen(t) for t in (input, *tensors)] == like
+            all(isinstance(t, Tensor) for t in (input, *tensors))
+            and [_seen(t) for t in (input, *tensors)] == like
             and [(t.shape, t.stride()) for t in tensors] == shapes
             and input.dim() == rank
             and not input.is_neg()
-            and dispatch.is_plain()
+            and nothing_watches()
         )
 
     return same
@@ -75,45 +83,44 @@ class Site:
 
     Args:
         name: the op.
-        least: smallest height and width of an input that the op's kernel, padding and dilation allow.
+        least: smallest height and width of an input that kernel, padding and dilation allow; None where the input has
+            neither.
+        channels: channels that an input must have; None for any, -1 for those of the first.
     """
 
-    __slots__ = ("_channels", "_height", "_name", "_needs_grad", "_same", "_width")
+    __slots__ = ("_channels", "_known", "_least", "_name")
 
-    def __init__(self, name: str, least: tuple[int, int] = (1, 1)) -> None:
+    def __init__(self, name: str, least: tuple[int, int] | None = (1, 1), channels: int | None = -1) -> None:
         self._name = name
-        self._height, self._width = least
-        self._channels = -1
-        self._same: Callable[..., bool] | None = None
-        self._needs_grad = False
+        self._least = least
+        self._channels = channels
+        # in one attribute, for threads: is it still so, the input's channels, does any tensor require a gradient
+        self._known: tuple[Callable[..., bool], int | None, bool] = (_never, channels, False)
 
-    def knows(self, input: Tensor, tensors: Sequence[Tensor]) -> bool:
-        """Whether the op may run straight away: these tensors are as good as those that were checked."""
-        same = self._same
-        if same is None or not same(input, *tensors) or _profiling() or _function_modes() or _dispatch_modes():
-            return False
-        if self._needs_grad and _grad():
-            return False
-        _, channels, height, width = input.shape
-        return bool(channels == self._channels and height >= self._height and width >= self._width)
+    def call(self, args: Sequence[Any], tensors: Sequence[Any]) -> Tensor | None:
+        """The op, if its arguments are known to be good; else None.
 
-    def run(self, args: tuple[Any, ...]) -> Tensor:
-        """The op, without any further check: only after `knows`."""
+        `tensors` are all tensors among the arguments, the input first. The other arguments must be those of
+        `check_and_call`.
+        """
+        same, channels, needs_grad = self._known
+        if not same(*tensors) or profiling() or function_modes() or dispatch_modes():
+            return None
+        shape = tensors[0].shape
+        if shape[1] != channels and channels is not None:
+            return None
+        least = self._least
+        if least is not None and (shape[2] < least[0] or shape[3] < least[1]):
+            return None
+        if needs_grad and _grad():
+            return differentiable(self._name, args)
         return state.table[self._name](*args)
 
-    def check_and_run(self, args: tuple[Any, ...], tensors: Sequence[Tensor]) -> Tensor:
-        """The op with all checks. Where they pass they are remembered for `knows`."""
+    def check_and_call(self, args: Sequence[Any], tensors: Sequence[Tensor]) -> Tensor:
+        """The op, with all checks. Where they pass they are remembered for `call`."""
         checks.CHECKS[self._name](*args)
-        input = args[0]
-        self._same = None
-        everything = (input, *tensors)
-        if (
-            dispatch.is_plain()
-            and all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in everything)
-            and len({id(t) for t in everything}) == len(everything)
-            and not any(t.is_neg() for t in everything)
-        ):
-            self._channels = input.shape[1]
-            self._needs_grad = any(t.requires_grad for t in everything)
-            self._same = _remember(input, tensors)
-        return dispatch.run(self._name, args, everything)
+        input, *others = tensors
+        if nothing_watches() and readable(tensors) and len({id(t) for t in tensors}) == len(tensors):
+            channels = None if self._channels is None else input.shape[1]
+            self._known = (_remember(input, others), channels, any(t.requires_grad for t in tensors))
+        return dispatch.run(self._name, tuple(args), tensors)

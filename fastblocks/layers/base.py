@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from fastblocks.backends import state as backend
 from fastblocks.functional import checks, dispatch
 from fastblocks.functional.site import Site
 from fastblocks.layers.fuse import Plan, Unit, children_reason, input_reason
+
+
+class Op(NamedTuple):
+    """A fused op as one layer calls it: ``name(input, *first, *records, *last)``."""
+
+    name: str
+    last: tuple[Any, ...]
+    first: tuple[Any, ...] = ()
+    least: tuple[int, int] = (1, 1)
+    """Smallest height and width of an input."""
 
 
 class Fused(nn.Module):
@@ -30,18 +40,16 @@ class Fused(nn.Module):
         """Nested containers between the layer and its convolutions, with their names."""
         return ()
 
-    def _op(self, units: tuple[Unit, ...]) -> tuple[str, tuple[Any, ...], tuple[int, int]] | str:
-        """The op's name, its last arguments, and the smallest input height and width; or why there is none."""
+    def _op(self, units: tuple[Unit, ...]) -> Op | str:
+        """The op that these children make, or why they make none."""
         raise NotImplementedError
 
     def _run_children(self, x: Any) -> Any:
+        """The layer as torch would run it."""
         raise NotImplementedError
 
-    def _tables(self) -> tuple[dict[str, Any], ...]:
-        return (self._modules, *(container._modules for _, container in self._containers()))
-
-    def _why_not(self, x: Any) -> str | None:
-        """Why the fused op may not run on this input, or None."""
+    def _fused(self, x: Any) -> tuple[tuple[Unit, ...], Op] | str:
+        """The convolutions and their op, or why the op may not run on this input."""
         reason = input_reason(x)
         if reason is not None:
             return reason
@@ -51,42 +59,88 @@ class Fused(nn.Module):
         reason = children_reason(units, self._containers())
         if reason is not None:
             return reason
-        if x.dim() == 3 and all(unit.bn is None for unit in units):
+        if x.dim() == 3 and units[0].bn is None:
             return "the input is not batched"
         op = self._op(units)
-        return op if isinstance(op, str) else None
+        return op if isinstance(op, str) else (units, op)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Runs the layer on ``(N, C, H, W)``."""
+        """Run the layer on an input ``(N, C, H, W)``."""
         if not is_compiling():
             plan = self._plan
             if plan is not None:
-                found = plan.gather()
-                if found is not None and plan.site.knows(input, found[1]):
-                    return plan.site.run((input, *found[0], *plan.settings))
+                result = plan(input)
+                if result is not None:
+                    return result
         return self._forward_checked(input)
 
     def _forward_checked(self, x: Any) -> Any:
-        if self._why_not(x) is not None:
+        fused = self._fused(x)
+        if isinstance(fused, str):
             self._refuse(x)
             return self._run_children(x)
-        units: Any = self._units()
-        name, settings, least = self._op(units)  # type: ignore[misc]
-        records = [unit.record() for unit in units]
-        if name == "inverted_residual" and len(records) == 2:
-            args: tuple[Any, ...] = (x, (), *(record[:6] for record in records), *settings)
-        else:
-            args = (x, *(record[:6] for record in records), *settings)
-        tensors = [tensor for record in records for tensor in record[:6] if tensor is not None]
+        units, op = fused
+        records = [unit.record()[:6] for unit in units]
+        args = (x, *op.first, *records, *op.last)
+        tensors = [x, *(tensor for record in records for tensor in record if tensor is not None)]
         if is_compiling():
-            checks.CHECKS[name](*args)
-            return dispatch.run(name, args, (x, *tensors))
-        if name == "inverted_residual" and len(records) == 2 or not Plan.keeps(units):
-            self.__dict__.pop("_plan", None)
-        site = Site(name, least)
-        result = site.check_and_run(args, tensors)
+            checks.CHECKS[op.name](*args)
+            return dispatch.run(op.name, args, tensors)
+        self.__dict__.pop("_plan", None)
+        site = Site(op.name, op.least)
+        result = site.check_and_call(args, tensors)
         if Plan.keeps(units):
-            containers = tuple(container for _, container in self._containers())
-            lead = ((),) if len(args) - len(settings) - len(records) == 2 else ()
-            self.__dict__["_plan"] = Plan(units, self._tables(), containers, site, settings)
+            tables = (self._modules, *(module._modules for _, module in self._containers()))
+            containers = tuple(module for _, module in self._containers())
+            self.__dict__["_plan"] = Plan(units, tables, containers, site, op.first, op.last)
         return result
+
+    def _refuse(self, x: Any) -> None:
+        """Raise for an input that fits neither the op nor the children; torch's own messages do not name it."""
+        units = self._units()
+        if isinstance(units, str) or (type(x) is not Tensor and type(x) is not nn.Parameter) or x.dtype.is_complex:
+            return
+        if torch.jit.is_tracing():
+            return
+        conv: Any = units[0].conv
+        weight = conv._parameters.get("weight")
+        if type(conv) is nn.Conv2d and weight is not None and not (x.dim() == 3 and units[0].bn is None):
+            checks.image("input", x, weight.shape[1] * conv.groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.__dict__.copy()
+        state.pop("_plan", None)
+        return state
+
+
+def why_not_fuse(layer: nn.Module, x: Any) -> str | None:
+    """Why a layer runs its children and not its fused op on an input, or None if it runs the op.
+
+    Args:
+        layer: a fused layer.
+        x: the input.
+
+    Returns:
+        The first reason found, such as ``"1.convolution has hooks"``, or None.
+
+    Example:
+        >>> import torch, fastblocks
+        >>> layer = fastblocks.ConvBNAct(3, 8)
+        >>> why_not_fuse(layer, torch.ones(1, 3, 8, 8))
+        'normalisation is in training mode'
+    """
+    if not isinstance(layer, Fused):
+        return f"{type(layer).__name__} is no fused layer"
+    fused = layer._fused(x)
+    return fused if isinstance(fused, str) else None
+
+
+def can_fuse(layer: nn.Module, x: Any) -> bool:
+    """Whether a layer runs its fused op on an input; `why_not_fuse` has the reason.
+
+    Example:
+        >>> import torch, fastblocks
+        >>> can_fuse(fastblocks.ConvBNAct(3, 8).eval(), torch.ones(1, 3, 8, 8))
+        True
+    """
+    return why_not_fuse(layer, x) is None

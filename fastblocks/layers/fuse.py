@@ -1,12 +1,12 @@
-"""Whether a layer may run its fused op, and the op's arguments from the layer's children.
+"""Whether a layer's children may run as one op, and the op's arguments from them.
 
 A fused layer is a container of ordinary torch modules. It may run the fused op only while that does exactly what the
-children one after the other would do, so `why_not_fuse` looks for everything that could make a difference. Where it finds
-something, the layer runs its children: never wrong, only not faster.
+children one after the other would do, so this module looks for everything that could make a difference. Where it
+finds something, the layer runs its children: never wrong, only not faster.
 
 All of that on every call would cost more than a small kernel. So a layer keeps a `Plan`: what was found good, in a
-form that one pass can compare. The one thing that it takes for granted is that nobody exchanges the hook dictionaries of a
-child for new ones (torch itself only changes their contents).
+form that one pass can compare. The one thing that it takes for granted is that nobody exchanges the hook dictionaries
+of a child for new ones (torch itself only changes their contents).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fastblocks import functional as F
-from fastblocks.functional import dispatch
+from fastblocks.functional.plain import functorch_level
 from fastblocks.functional.site import Site
 
 ACTIVATIONS: dict[type[nn.Module], str | None] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Identity: None}
@@ -38,6 +38,8 @@ _GLOBAL_HOOKS = tuple(
 _CONV = operator.itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _BN = operator.itemgetter("training", "eps")
 _RELU6 = operator.itemgetter("min_val", "max_val")
+_SIX = (0.0, 6.0)
+_grad = torch.is_grad_enabled
 
 
 class Unit(NamedTuple):
@@ -81,7 +83,21 @@ def is_pointwise(conv: Any) -> bool:
 # ----------------------------------------------------------------------------------------------- reasons against it
 
 
-def _watched(module: nn.Module) -> str | None:
+def global_hooks() -> bool:
+    """Whether a hook is set on every module there is."""
+    return any(_GLOBAL_HOOKS)
+
+
+def hooks_of(states: list[dict[str, Any]]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The dictionaries in which hooks on these modules (their ``__dict__``) appear: of forward, and of backward."""
+    forward, backward = (
+        (*_GLOBAL_HOOKS[part], *(state[name] for state in states for name in _HOOKS[part]))
+        for part in (slice(2), slice(2, None))
+    )
+    return forward, backward
+
+
+def watched(module: nn.Module) -> str | None:
     """What makes a call of this module more than a call of its class's forward."""
     state = module.__dict__
     if any(state[hooks] for hooks in _HOOKS):
@@ -91,7 +107,7 @@ def _watched(module: nn.Module) -> str | None:
     return None
 
 
-def _tensors_reason(module: nn.Module, names: tuple[str, ...]) -> str | None:
+def tensors_reason(module: nn.Module, names: tuple[str, ...]) -> str | None:
     """The module's tensors must be plain ones, where torch puts them. Parametrization moves them elsewhere."""
     state = module.__dict__
     for name in names:
@@ -107,7 +123,7 @@ def _tensors_reason(module: nn.Module, names: tuple[str, ...]) -> str | None:
             return f"has a {name} of type {type(tensor).__name__}"
         if tensor.dtype is not torch.float32:
             return f"has a {name} of dtype {tensor.dtype}"
-        if not tensor.is_cpu:
+        if tensor.device.type != "cpu":
             return f"has a {name} on {tensor.device}"
     return None
 
@@ -115,7 +131,7 @@ def _tensors_reason(module: nn.Module, names: tuple[str, ...]) -> str | None:
 def _conv_reason(conv: nn.Module) -> str | None:
     if type(conv) is not nn.Conv2d:
         return f"is a {type(conv).__name__}, not an nn.Conv2d"
-    reason = _tensors_reason(conv, ("weight", "bias"))
+    reason = tensors_reason(conv, ("weight", "bias"))
     if reason is not None:
         return reason
     if conv.padding_mode != "zeros":
@@ -132,7 +148,7 @@ def _conv_reason(conv: nn.Module) -> str | None:
 def _bn_reason(bn: nn.Module) -> str | None:
     if type(bn) is not nn.BatchNorm2d:
         return f"is a {type(bn).__name__}, not an nn.BatchNorm2d"
-    reason = _tensors_reason(bn, ("weight", "bias", "running_mean", "running_var"))
+    reason = tensors_reason(bn, ("weight", "bias", "running_mean", "running_var"))
     if reason is not None:
         return reason
     if bn.training:
@@ -145,14 +161,14 @@ def _bn_reason(bn: nn.Module) -> str | None:
 def _act_reason(act: nn.Module) -> str | None:
     if type(act) not in ACTIVATIONS:
         return f"is a {type(act).__name__}, none of {', '.join(kind.__name__ for kind in ACTIVATIONS)}"
-    if type(act) is nn.ReLU6 and (act.min_val, act.max_val) != (0.0, 6.0):
+    if type(act) is nn.ReLU6 and (act.min_val, act.max_val) != _SIX:
         return f"clamps to {act.min_val} .. {act.max_val}"
     return None
 
 
 def children_reason(units: tuple[Unit, ...], containers: tuple[tuple[str, nn.Module], ...]) -> str | None:
     """Why these children cannot be run as one op, or None."""
-    if any(_GLOBAL_HOOKS):
+    if global_hooks():
         return "global module hooks are set"
     for unit in units:
         prefix = f"{unit.name}." if unit.name else ""
@@ -161,11 +177,11 @@ def children_reason(units: tuple[Unit, ...], containers: tuple[tuple[str, nn.Mod
             ("normalisation", unit.bn, _bn_reason),
             ("activation", unit.act, _act_reason),
         ):
-            found = None if module is None else _watched(module) or reason(module)
+            found = None if module is None else watched(module) or reason(module)
             if found is not None:
                 return f"{prefix}{part} {found}"
     for name, module in containers:
-        found = _watched(module)
+        found = watched(module)
         if found is not None:
             return f"{name} {found}"
     return None
@@ -181,13 +197,13 @@ def input_reason(x: Any) -> str | None:
             return f"the input is a {type(x).__name__}"
         if torch.jit.is_tracing():
             return "torch.jit is tracing"
-        if dispatch._functorch() is not None:
+        if functorch_level() is not None:
             return "a torch.func transform is active"
     if torch.onnx.is_in_onnx_export():
         return "an ONNX export is running"
     if x.dtype is not torch.float32:
         return f"the input's dtype is {x.dtype}, not torch.float32"
-    if not x.is_cpu:
+    if x.device.type != "cpu":
         return f"the input is on {x.device}, not on the CPU"
     if x.layout is not torch.strided:
         return f"the input's layout is {x.layout}"
@@ -207,10 +223,24 @@ class Plan:
         tables: the ``_modules`` of the layer and of its nested containers.
         containers: the nested containers.
         site: where the op is called from.
-        settings: the op's last arguments, behind the tensors.
+        first: the op's arguments in front of the records.
+        last: the op's arguments behind them.
     """
 
-    __slots__ = ("_acts", "_children", "_hooks", "_sizes", "_states", "_tables", "_types", "_units", "settings", "site")
+    __slots__ = (
+        "_acts",
+        "_backward_hooks",
+        "_children",
+        "_first",
+        "_hooks",
+        "_last",
+        "_site",
+        "_size",
+        "_states",
+        "_tables",
+        "_types",
+        "_units",
+    )
 
     def __init__(
         self,
@@ -218,17 +248,20 @@ class Plan:
         tables: tuple[dict[str, Any], ...],
         containers: tuple[nn.Module, ...],
         site: Site,
-        settings: tuple[Any, ...],
+        first: tuple[Any, ...],
+        last: tuple[Any, ...],
     ) -> None:
-        self.site = site
-        self.settings = settings
+        self._site = site
+        self._first = first
+        self._last = last
         self._tables = tables
         self._children = [child for table in tables for child in table.values()]
         self._types = list(map(type, self._children))
         watched = [*containers, *(child for unit in units for child in unit.modules())]
         self._states = [child.__dict__ for child in watched]
-        self._sizes = list(map(len, self._states))
-        self._hooks = (*_GLOBAL_HOOKS, *(state[name] for state in self._states for name in _HOOKS))
+        # a forward patched into a module is one more entry of its __dict__
+        self._size = sum(map(len, self._states))
+        self._hooks, self._backward_hooks = hooks_of(self._states)
         self._units = [
             (unit.conv.__dict__, _CONV(unit.conv.__dict__), unit.bn.__dict__, _BN(unit.bn.__dict__))
             for unit in units
@@ -241,23 +274,21 @@ class Plan:
         """Whether a plan can be kept: the common case only, the others go the long way every time."""
         return all(u.bn is not None and u.conv.bias is None and u.bn.weight is not None for u in units)
 
-    def gather(self) -> tuple[list[Any], list[Any]] | None:
-        """The records (six entries each) and the tensors in one list; None if the layer has changed.
-
-        A forward patched into a child shows as one more entry of its ``__dict__``.
-        """
+    def __call__(self, input: Any) -> Tensor | None:
+        """The op's result; None if anything has changed."""
         children: list[Any] = []
         for table in self._tables:
             children += table.values()
         if (
             children != self._children
-            or list(map(type, children)) != self._types
+            or [*map(type, children)] != self._types
             or any(self._hooks)
-            or list(map(len, self._states)) != self._sizes
+            or (_grad() and any(self._backward_hooks))
+            or sum(map(len, self._states)) != self._size
         ):
             return None
-        records: list[Any] = []
-        tensors: list[Any] = []
+        args: list[Any] = [input, *self._first]
+        tensors: list[Any] = [input]
         try:
             for conv, setting, bn, state in self._units:
                 if _CONV(conv) != setting or _BN(bn) != state:
@@ -268,13 +299,16 @@ class Plan:
                 weight = parameters["weight"]
                 parameters = bn["_parameters"]
                 buffers = bn["_buffers"]
-                rest = (buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"])
-                records.append((weight, None, *rest))
-                tensors.append(weight)
-                tensors += rest
+                mean = buffers["running_mean"]
+                var = buffers["running_var"]
+                scale = parameters["weight"]
+                shift = parameters["bias"]
+                args.append((weight, None, mean, var, scale, shift))
+                tensors += (weight, mean, var, scale, shift)
             for act in self._acts:
-                if _RELU6(act) != (0.0, 6.0):
+                if _RELU6(act) != _SIX:
                     return None
         except KeyError:
             return None
-        return records, tensors
+        args += self._last
+        return self._site.call(args, tensors)

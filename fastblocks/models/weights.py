@@ -87,11 +87,12 @@ def load_state_dict(source: str | os.PathLike[str], name: str, progress: bool = 
         ValueError: the file is no checkpoint, or there are no ImageNet weights for `name`.
         WeightsError: no source of ImageNet weights answered, or the cached file is damaged.
 
-    >>> import tempfile, torch
-    >>> with tempfile.NamedTemporaryFile(suffix=".pth") as file:
-    ...     torch.save({"state_dict": {"module.bias": torch.zeros(2)}}, file.name)
-    ...     load_state_dict(file.name, "mobilenet_v2")
-    {'bias': tensor([0., 0.])}
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+        ...     torch.save({"state_dict": {"module.bias": torch.zeros(2)}}, file.name)
+        ...     load_state_dict(file.name, "mobilenet_v2")
+        {'bias': tensor([0., 0.])}
     """
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"weights must be 'imagenet' or the path of a file, got {type(source).__name__}")

@@ -1,0 +1,110 @@
+"""The end of a classifier network: global average pooling and the fully connected layer, as ops where they may be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from fastblocks import functional
+from fastblocks.functional.site import Site
+from fastblocks.layers.fuse import global_hooks, hooks_of, input_reason, tensors_reason, watched
+
+_TYPES = [nn.Dropout, nn.Linear]
+_pool = Site("global_avg_pool", channels=None)
+
+
+def global_avg_pool(x: Any) -> Any:
+    """Mean over height and width: ``(N, C, H, W)`` to ``(N, C)``, by the op where torch would notice no difference.
+
+    Example:
+        >>> import torch
+        >>> global_avg_pool(torch.ones(2, 3, 7, 7)).shape
+        torch.Size([2, 3])
+    """
+    if is_compiling():
+        fuses = input_reason(x) is None and x.dim() == 4
+        return (functional.global_avg_pool(x) if fuses else F.adaptive_avg_pool2d(x, (1, 1))).flatten(1)
+    y = _pool.call((x,), (x,))
+    if y is None:
+        fuses = input_reason(x) is None and x.dim() == 4
+        y = _pool.check_and_call((x,), (x,)) if fuses else F.adaptive_avg_pool2d(x, (1, 1))
+    return y.flatten(1)
+
+
+class Classifier(nn.Sequential):
+    """Dropout and a fully connected layer, ``"0"`` and ``"1"``, the latter as an op where it may be.
+
+    Args:
+        in_features: length of the input vectors.
+        num_classes: length of the output vectors.
+        dropout: probability, in training.
+
+    Shape:
+        ``(N, in_features)`` to ``(N, num_classes)``.
+
+    Example:
+        >>> import torch
+        >>> tuple(Classifier(8, 2).eval()(torch.ones(1, 8)).shape)
+        (1, 2)
+    """
+
+    _plan: tuple[Any, ...] | None = None
+
+    def __init__(self, in_features: int, num_classes: int, dropout: float = 0.2) -> None:
+        super().__init__(nn.Dropout(dropout), nn.Linear(in_features, num_classes))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits of a batch of feature vectors."""
+        plan = None if is_compiling() else self._plan
+        if plan is not None:
+            site, known, hooks, dropout, linear, size = plan
+            children = [*self._modules.values()]
+            if (
+                children == known
+                and [*map(type, children)] == _TYPES
+                and not any(hooks)
+                and len(dropout) + len(linear) == size
+                and not dropout["training"]
+            ):
+                parameters = linear["_parameters"]
+                weight = parameters.get("weight")
+                bias = parameters.get("bias")
+                tensors = (input, weight) if bias is None else (input, weight, bias)
+                result = site.call((input, weight, bias), tensors)
+                if result is not None:
+                    return result
+        return self._forward_checked(input)
+
+    def _why_not(self, x: Any) -> str | None:
+        children: Any = list(self._modules.values())
+        if [*map(type, children)] != _TYPES:
+            return "the layer has other children than it was built with"
+        if global_hooks():
+            return "global module hooks are set"
+        dropout, linear = children
+        if dropout.training:
+            return "dropout is in training mode"
+        reason = watched(dropout) or watched(linear) or tensors_reason(linear, ("weight", "bias"))
+        return reason or input_reason(x) or (None if x.dim() == 2 else f"the input has {x.dim()} dimensions")
+
+    def _forward_checked(self, x: Any) -> Any:
+        if self._why_not(x) is not None:
+            return nn.Sequential.forward(self, x)
+        children: Any = list(self._modules.values())
+        linear = children[1]
+        if is_compiling():
+            return functional.linear(x, linear.weight, linear.bias)
+        site = Site("linear", least=None)
+        tensors = [t for t in (x, linear.weight, linear.bias) if t is not None]
+        result = site.check_and_call((x, linear.weight, linear.bias), tensors)
+        states = [child.__dict__ for child in children]
+        self.__dict__["_plan"] = (site, children, sum(hooks_of(states), ()), *states, sum(map(len, states)))
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.__dict__.copy()
+        state.pop("_plan", None)
+        return state

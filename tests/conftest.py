@@ -1,0 +1,151 @@
+"""What all tests share: the tiers to run under, tensors in every layout, and how close is close."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastblocks
+from fastblocks.functional import ConvBN
+
+
+def _tiers() -> list[Any]:
+    """The reference, and the native tier at every instruction set level that this CPU has."""
+    tiers: list[Any] = [pytest.param("reference", id="reference")]
+    try:
+        with fastblocks.use_backend("native"):
+            from fastblocks.backends import native
+    except RuntimeError as error:
+        return [*tiers, pytest.param("native", id="native", marks=pytest.mark.skip(reason=str(error)))]
+    return [*tiers, *(pytest.param(f"native {level}", id=f"native-{level}") for level in native.isa_levels())]
+
+
+@contextlib.contextmanager
+def running(tier: str) -> Iterator[None]:
+    """Run under a tier: "reference", "native", or "native" and a level."""
+    name, _, level = tier.partition(" ")
+    with fastblocks.use_backend(name), contextlib.ExitStack() as stack:
+        if level:
+            from fastblocks.backends import native
+
+            stack.enter_context(native.use_isa(level))
+        yield
+
+
+@pytest.fixture(params=_tiers())
+def tier(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each tier in turn, as the current one."""
+    with running(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[_tiers()[0], _tiers()[-1]])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The reference and the fastest level alone: for what does not depend on the kernels."""
+    with running(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> Iterator[None]:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        # torch.jit.trace and friends are deprecated and still in use
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------- tensors
+
+
+def record(out: int, fan: int, k: int | tuple[int, int] = 1, *, bias: bool = False, bn: bool = True) -> ConvBN:
+    """A convolution with weights of a sensible size, and its BatchNorm."""
+    kh, kw = (k, k) if isinstance(k, int) else k
+    weight = torch.randn(out, fan, kh, kw) / (fan * kh * kw) ** 0.5
+    b = torch.randn(out) if bias else None
+    if not bn:
+        return ConvBN(weight, b)
+    return ConvBN(weight, b, torch.randn(out), torch.rand(out) + 0.5, torch.randn(out) + 1, torch.randn(out), 1e-3)
+
+
+def integers(*size: int, low: int = -3, high: int = 4) -> Tensor:
+    """Small whole numbers: sums of their products are exact in float32."""
+    return torch.randint(low, high, size).float()
+
+
+def integer_record(out: int, fan: int, k: int | tuple[int, int] = 1, *, bias: bool = False) -> ConvBN:
+    """A convolution and BatchNorm that float32 computes without any rounding."""
+    kh, kw = (k, k) if isinstance(k, int) else k
+    var = torch.tensor([0.25, 1.0, 4.0])[torch.randint(0, 3, (out,))]
+    b = integers(out) if bias else None
+    return ConvBN(integers(out, fan, kh, kw), b, integers(out), var, integers(out), integers(out), 0.0)
+
+
+def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same values in every layout that a user may bring."""
+    cl = torch.channels_last
+    yield "nchw", x.contiguous()
+    yield "channels_last", x.contiguous(memory_format=cl)
+    for offset in (1, 2, 3):
+        flat = torch.zeros(x.numel() + offset)[offset:]
+        order = (0, 2, 3, 1) if offset % 2 else (0, 1, 2, 3)
+        moved = flat.view([x.shape[i] for i in order]).permute([order.index(i) for i in range(4)])
+        yield f"offset of {4 * offset} bytes", moved.copy_(x)
+    yield "channel slice", torch.cat([x, x], 1).contiguous(memory_format=cl).chunk(2, 1)[1]
+    yield "channel slice of nchw", torch.cat([x, x], 1).chunk(2, 1)[1]
+    yield "every other channel", x.repeat_interleave(2, 1)[:, ::2]
+    yield "every other row", x.repeat_interleave(2, 2)[:, :, ::2]
+    yield "every other column", x.repeat_interleave(2, 3).contiguous(memory_format=cl)[..., ::2]
+    yield "without the first column", torch.cat([x[..., :1], x], 3)[..., 1:]
+    yield "transposed", x.transpose(2, 3).contiguous().transpose(2, 3)
+    yield "batch first last", x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    if x.shape[0] == 1:
+        odd = x.contiguous(memory_format=cl)
+        yield "odd batch stride", odd.as_strided(odd.shape, (7, *odd.stride()[1:]))
+
+
+def expanded(x: Tensor) -> Tensor:
+    """A batch of two with a batch stride of 0."""
+    return x[:1].expand(2, -1, -1, -1)
+
+
+# ----------------------------------------------------------------------------------------------------------- closeness
+
+
+def doubled(value: Any) -> Any:
+    """The same arguments in float64."""
+    if isinstance(value, Tensor):
+        return value.double()
+    if isinstance(value, ConvBN):
+        return ConvBN(*(doubled(v) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(doubled(v) for v in value)
+    return value
+
+
+def check_close(found: Tensor, function: Callable[..., Tensor], *args: Any, note: Any = "", **kwargs: Any) -> None:
+    """`found` is as near to the float64 result of a function under the reference as torch's own float32 result.
+
+    As near: within four times torch's error, plus four roundings of the largest value.
+    """
+    with fastblocks.use_backend("reference"), torch.no_grad():
+        truth = function(*doubled(args), **{k: doubled(v) for k, v in kwargs.items()})
+        torchs = function(*args, **kwargs)
+    assert found.shape == truth.shape, (note, found.shape, truth.shape)
+    if not found.numel():
+        return
+    error = (found.double() - truth).abs().max().item()
+    allowed = 4 * (torchs.double() - truth).abs().max().item() + 4 * 2**-23 * truth.abs().max().item()
+    assert error <= allowed, f"{note}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def significant_strides(x: Tensor) -> list[int]:
+    """The strides that say something."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
