@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastblocks
+from fastblocks import ConvBNAct, InvertedResidual
 from fastblocks.functional import ConvBN
+from fastblocks.functional.site import Site
 
 
 def _tiers() -> list[Any]:
@@ -149,3 +151,59 @@ def check_close(found: Tensor, function: Callable[..., Tensor], *args: Any, note
 def significant_strides(x: Tensor) -> list[int]:
     """The strides that say something."""
     return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+
+
+# -------------------------------------------------------------------------------------------------------------- layers
+
+
+def settled(layer: nn.Module) -> nn.Module:
+    """In eval mode, with running statistics of their own."""
+    for module in layer.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0.0, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            if module.affine:
+                nn.init.normal_(module.weight, 1.0, 0.3)
+                nn.init.normal_(module.bias, 0.0, 0.3)
+    return layer.eval()
+
+
+def image() -> Tensor:
+    return torch.randn(2, 8, 6, 6)
+
+
+def block(**kwargs: Any) -> Any:
+    return settled(InvertedResidual(8, 8, **kwargs))
+
+
+def children(layer: Any, x: Tensor) -> Tensor:
+    """The layer's output by its children alone."""
+    if isinstance(layer, InvertedResidual):
+        y = x
+        for module in layer.conv:
+            y = children(module, y) if isinstance(module, ConvBNAct) else module(y)
+        return x + y if layer.use_res_connect else y
+    for module in layer:
+        x = module(x)
+    return x
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the ops that layers run, as they run."""
+    names: list[str] = []
+    call, check_and_call = Site.call, Site.check_and_call
+
+    def quick(self: Site, args: Any, tensors: Any) -> Tensor | None:
+        y = call(self, args, tensors)
+        if y is not None:
+            names.append(self._name)
+        return y
+
+    def slow(self: Site, args: Any, tensors: Any) -> Tensor:
+        names.append(self._name)
+        return check_and_call(self, args, tensors)
+
+    monkeypatch.setattr(Site, "call", quick)
+    monkeypatch.setattr(Site, "check_and_call", slow)
+    return names

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import record
-from torch import Tensor, nn
+from conftest import record, settled
+from torch import Tensor
 
 import fastblocks
 from fastblocks import functional as F
@@ -149,18 +149,6 @@ def test_gradients_of_expanded_and_of_empty(backend: str) -> None:
     y.sum().backward()
     for t in empty:
         assert t.grad is not None and not t.grad.any() and t.grad.shape == t.shape
-
-
-def settled(layer: nn.Module) -> nn.Module:
-    """In eval mode, with running statistics of their own."""
-    for module in layer.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, 0.0, 0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-            if module.affine:
-                nn.init.normal_(module.weight, 1.0, 0.3)
-                nn.init.normal_(module.bias, 0.0, 0.3)
-    return layer.eval()
 
 
 @pytest.mark.parametrize("kind", ["conv", "depthwise", "block", "block without expansion"])

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import check_close
-from test_autograd import settled
+from conftest import check_close, settled
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 

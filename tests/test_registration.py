@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as tF
-from conftest import layouts, record
-from test_autograd import settled
+from conftest import layouts, record, settled
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 

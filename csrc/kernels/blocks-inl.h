@@ -36,18 +36,15 @@ FASTBLOCKS_INLINE bool by_slices(const InvertedResidualParams& p) { return p.ban
 
 struct BlockScratch {
   const float** input_rows;  // kernel rows of one output row
-  float** ring_pointers;     // destinations of an expansion
-  float** ring_shifted;
+  int64_t* ring_offsets;     // of the pixels of an expansion
   float *ring, *hidden, *partial;
 };
 
 FASTBLOCKS_INLINE BlockScratch block_scratch(const InvertedResidualParams& p, char* memory, size_t* bytes) {
   BlockScratch s;
-  const int64_t pointers = round_up(p.kernel + 2 * ring_rows(p), 8);
   s.input_rows = reinterpret_cast<const float**>(memory);
-  s.ring_pointers = reinterpret_cast<float**>(memory) + p.kernel;
-  s.ring_shifted = s.ring_pointers + ring_rows(p);
-  float* next = reinterpret_cast<float*>(memory + pointers * sizeof(float*));
+  s.ring_offsets = reinterpret_cast<int64_t*>(memory) + round_up(p.kernel, 8);
+  float* next = reinterpret_cast<float*>(s.ring_offsets + round_up(ring_rows(p) * p.width, 8));
   const int64_t row_pixels = p.width + 2 * p.padding;
   const int64_t lanes = by_slices(p) ? kMaxPanelVectors * kLanes : round_up(p.hidden_channels, kLanes);
   s.ring = next;
@@ -60,20 +57,25 @@ FASTBLOCKS_INLINE BlockScratch block_scratch(const InvertedResidualParams& p, ch
   return s;
 }
 
+// Where the pixels of input rows [iy_begin, iy_end) go in a ring `lanes` channels wide: rows have padding between them.
+inline void ring_destinations(const InvertedResidualParams& p, int64_t lanes, int64_t iy_begin, int64_t iy_end, int64_t* offsets) {
+  const int64_t rows = ring_rows(p), row_pixels = p.width + 2 * p.padding;
+  for (int64_t iy = iy_begin; iy < iy_end; ++iy, offsets += p.width) {
+    const int64_t row = (iy % rows * row_pixels + p.padding) * lanes;
+    for (int64_t x = 0; x < p.width; ++x) offsets[x] = row + x * lanes;
+  }
+}
+
 // Expands input rows [iy_begin, iy_end) of one panel into its ring.
 inline void block_expand(const InvertedResidualParams& p, const BlockShared& shared, const BlockScratch& s, int64_t image,
                          int64_t panel, float* ring, int64_t iy_begin, int64_t iy_end) {
   if (iy_begin >= iy_end) return;
   const Panels panels(p.hidden_channels);
-  const int64_t lanes = panels.width(panel) * kLanes, row_floats = (p.width + 2 * p.padding) * lanes, rows = ring_rows(p);
-  for (int64_t iy = iy_begin; iy < iy_end; ++iy)
-    s.ring_pointers[iy - iy_begin] = ring + iy % rows * row_floats + p.padding * lanes - panels.first_channel(panel);
   const float* x = p.x.data + image * p.x.image_stride + iy_begin * p.x.row_stride;
-  const Pixels left = {&x, 1, p.in_channels, p.x.pixel_stride};
+  const Pixels left = {x, p.in_channels, p.x.pixel_stride, 1, nullptr};
   const Epilogue e = {folded_product(p.expand_weight, p.hidden_channels, p.fold_expand, shared.expand), p.clamp, nullptr, 0, true};
-  const Destination to = {s.ring_pointers, p.width, lanes};
-  gemm(left, (iy_end - iy_begin) * p.width, p.hidden_channels, panel, panel + 1, e, to, s.partial,
-       s.ring_shifted);
+  const Destination to = {ring - panels.first_channel(panel), 0, s.ring_offsets};
+  gemm(left, (iy_end - iy_begin) * p.width, p.hidden_channels, panel, panel + 1, e, to, s.partial);
 }
 
 // Depthwise rows [oy_begin, oy_end) of `lanes` channels from `channel` on, into hidden (whose row oy_begin stands first). ring is null
@@ -115,14 +117,12 @@ FASTBLOCKS_INLINE float* clear_ring(const InvertedResidualParams& p, float* ring
 inline void block_project(const InvertedResidualParams& p, const BlockShared& shared, int64_t image, int64_t pixel,
                           int64_t pixels, const float* hidden, int64_t panel_begin, int64_t panel_end, float* partial) {
   const float* residual = p.residual ? p.x.data + image * p.x.image_stride + pixel * p.x.pixel_stride : nullptr;
-  const Pixels left = {&hidden, 1, p.hidden_channels, p.hidden_stride};
+  const Pixels left = {hidden, p.hidden_channels, p.hidden_stride, 1, nullptr};
   const Clamp none = {-__builtin_inff(), __builtin_inff()};
   const Epilogue e = {folded_product(p.project_weight, p.out_channels, p.fold_project, shared.project), none, residual,
                       p.x.pixel_stride, false};
-  float* row = p.out.data + image * p.out.image_stride + pixel * p.out.pixel_stride;
-  float* row_scratch;
-  const Destination to = {&row, pixels, p.out.pixel_stride};
-  gemm(left, pixels, p.out_channels, panel_begin, panel_end, e, to, partial, &row_scratch);
+  const Destination to = {p.out.data + image * p.out.image_stride + pixel * p.out.pixel_stride, p.out.pixel_stride, nullptr};
+  gemm(left, pixels, p.out_channels, panel_begin, panel_end, e, to, partial);
 }
 
 // The rows of the input that output rows [oy_begin, oy_end) read: up to *end.
@@ -158,8 +158,11 @@ inline void block_bands_run(const void* params, int64_t begin, int64_t end, char
         input_rows(p, oy, oy_end, &iy, &iy_end);
         iy = larger(iy, expanded);
         float* ring = s.ring;
+        int64_t offset_lanes = 0;
         for (int64_t panel = 0; panel < hidden_panels.count; ++panel) {
           const int64_t lanes = hidden_panels.width(panel) * kLanes;
+          if (lanes != offset_lanes) ring_destinations(p, lanes, iy, iy_end, s.ring_offsets);
+          offset_lanes = lanes;
           block_expand(p, shared, s, image, panel, ring, iy, iy_end);
           block_depthwise(p, shared, s, hidden_panels.width(panel) == kPanelVectors ? pair : other, image,
                           hidden_panels.first_channel(panel), lanes, ring, oy, oy_end, s.hidden);
@@ -192,7 +195,9 @@ inline void block_slices_run(const void* params, int64_t begin, int64_t end, cha
       const int64_t oy_end = smaller(p.out_height, oy + p.chunk_rows);
       int64_t iy, iy_end;
       input_rows(p, oy, oy_end, &iy, &iy_end);
-      block_expand(p, shared, s, image, panel, s.ring, larger(iy, expanded), iy_end);
+      iy = larger(iy, expanded);
+      ring_destinations(p, lanes, iy, iy_end, s.ring_offsets);
+      block_expand(p, shared, s, image, panel, s.ring, iy, iy_end);
       expanded = larger(expanded, iy_end);
       block_depthwise(p, shared, s, panels.width(panel) == kPanelVectors ? pair : other, image, panels.first_channel(panel),
                       lanes, s.ring, oy, oy_end, hidden + oy * p.out_width * p.hidden_stride);

@@ -33,9 +33,13 @@ FASTBLOCKS_INLINE void depthwise_taps(Vec (&sum)[T], const float* x, int64_t px,
   Vec taps[K];
 #pragma GCC unroll 8
   for (int kx = 0; kx < K; ++kx) taps[kx] = load(w + kx * weight_stride);
+  const float* at = x;
 #pragma GCC unroll 32
   for (int i = 0; i < (T - 1) * S + K; ++i) {
-    const Vec value = kPartial ? load_partial(x + i * px, lanes) : load(x + i * px);
+    // [at], [at + px] and [at + 2 * px], then on: few address registers at any pixel stride.
+    if (i > 0 && i % 3 == 0) at += 3 * px;
+    const float* here = at + i % 3 * px;
+    const Vec value = kPartial ? load_partial(here, lanes) : load(here);
 #pragma GCC unroll 8
     for (int kx = 0; kx < K; ++kx)
       if (i >= kx && (i - kx) % S == 0 && (i - kx) / S < T) sum[(i - kx) / S] += value * taps[kx];

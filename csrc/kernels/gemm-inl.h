@@ -92,17 +92,24 @@ struct Epilogue {
   bool pad_channels;  // the output has room for whole vectors (scratch): store padding lanes too
 };
 
-// The left operand. Its depth may come in several runs (a convolution's kernel rows): element k = run * run_length + j of pixel
-// m is runs[run][m * pixel_stride + j].
+// The left operand: element k of pixel m is data[m * pixel_stride + k]. Its depth may come in several runs of equal length (the
+// kernel rows of a convolution): run r begins run_offsets[r] floats further on.
 struct Pixels {
-  const float* const* runs;
-  int64_t run_count, run_length, pixel_stride;
+  const float* data;
+  int64_t run_length, pixel_stride;
+  int64_t run_count;
+  const int64_t* run_offsets;  // null: one run
+
+  int64_t depth() const { return run_length * run_count; }
 };
 
-// Where the product goes: pixel m (counted from 0) stands at rows[m / row_pixels] + (m % row_pixels) * pixel_stride.
+// Where the product goes: pixel m stands at data + m * pixel_stride, or at data + offsets[m].
 struct Destination {
-  float* const* rows;
-  int64_t row_pixels, pixel_stride;
+  float* data;
+  int64_t pixel_stride;
+  const int64_t* offsets;  // null: in a straight line
+
+  FASTBLOCKS_INLINE float* at(int64_t m) const { return data + (offsets ? offsets[m] : m * pixel_stride); }
 };
 
 // The packed weights that follow those in use: each tile fetches a part of them, so that a panel is near when its turn comes. A small
@@ -124,8 +131,8 @@ constexpr int64_t kFetchDistance = 1024;
 // With more pixels than this, waiting for a panel once is no matter.
 constexpr int64_t kFetchPixels = 400;
 
-// Some tiles of one panel and one block of its depth. Pointers are those of the panel's first channel; pixel, row and column say
-// where the next tile begins and move on with each.
+// Some tiles of one panel and one block of its depth. Pointers are those of the panel's first channel; pixel says where the next tile
+// begins and moves on with each.
 struct TileRun {
   Pixels a;
   const float* w;
@@ -138,8 +145,13 @@ struct TileRun {
   int64_t residual_stride;
   Destination to;
   int valid;  // channels
-  int64_t pixel, row, column;
+  int64_t pixel;
   Ahead ahead;
+};
+
+template <int N>
+struct Number {
+  static constexpr int value = N;
 };
 
 // One step of the depth for M pixels. One pointer serves three pixels through [base + stride] and [base + 2 * stride]: pointers to
@@ -158,8 +170,39 @@ FASTBLOCKS_INLINE void tile_step(Vec (&sum)[M][V], const float* const (&a)[(M + 
   }
 }
 
+// One run, eight steps at a time and the rest by 4, 2 and 1: a loop of single steps would end in a branch that is predicted wrongly at
+// every tile. Returns where the next run's weights begin.
 template <int M, int V>
-FASTBLOCKS_INLINE void tile_store(const Vec (&sum)[M][V], const TileRun& t, float* const (&out)[M]) {
+FASTBLOCKS_INLINE const float* tile_sum(Vec (&sum)[M][V], const float* first, int64_t a_stride, const float* w,
+                                        int64_t run_length) {
+  const float* a[(M + 2) / 3];
+#pragma GCC unroll 32
+  for (int i = 0; i < (M + 2) / 3; ++i) a[i] = first + 3 * i * a_stride;
+  const auto steps = [&](auto count) __attribute__((always_inline)) {
+    constexpr int kCount = decltype(count)::value;
+#pragma GCC unroll 8
+    for (int u = 0; u < kCount; ++u) {
+      if (M <= kFewPixels) __builtin_prefetch(w + u * V * kLanes + kFetchDistance);
+      tile_step<M, V>(sum, a, a_stride, u, w + u * V * kLanes);
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < (M + 2) / 3; ++i) a[i] += kCount;
+    w += kCount * V * kLanes;
+  };
+  for (int64_t k = run_length; k >= 8; k -= 8) steps(Number<8>());
+  if (run_length & 7) {
+    if (run_length & 4) steps(Number<4>());
+    if (run_length & 2) steps(Number<2>());
+    if (run_length & 1) steps(Number<1>());
+  }
+  return w;
+}
+
+template <int M, int V>
+FASTBLOCKS_INLINE void tile_store(const Vec (&sum)[M][V], const TileRun& t) {
+  float* out[M];
+#pragma GCC unroll 32
+  for (int m = 0; m < M; ++m) out[m] = t.to.at(t.pixel + m);
   const Vec low = broadcast(t.clamp.low), high = broadcast(t.clamp.high);
   const float* residual = t.residual ? t.residual + t.pixel * t.residual_stride : nullptr;
   if (!t.scale && t.valid == V * kLanes && !residual) {
@@ -197,26 +240,11 @@ FASTBLOCKS_INLINE void tile_store(const Vec (&sum)[M][V], const TileRun& t, floa
 
 template <int M, int V>
 inline void tile_run(TileRun& state, int64_t tiles) {
-  constexpr int kUnroll = 8;
   // A copy that no store through a pointer can change: its members stay in registers.
   TileRun t = state;
-  const int64_t a_stride = t.a.pixel_stride, run_length = t.a.run_length;
+  const int64_t a_stride = t.a.pixel_stride;
   for (; tiles > 0; --tiles, t.pixel += M) {
     fetch(t.ahead);
-    // The addresses first: at the end they would wait behind the sums.
-    float* out[M];
-    out[0] = t.to.rows[t.row] + t.column * t.to.pixel_stride;
-    if (t.column + M <= t.to.row_pixels) {
-#pragma GCC unroll 32
-      for (int m = 1; m < M; ++m) out[m] = out[0] + m * t.to.pixel_stride;
-      t.column += M;
-    } else {
-      for (int m = 0; m < M; ++m, ++t.column) {
-        if (t.column == t.to.row_pixels) t.column = 0, ++t.row;
-        out[m] = t.to.rows[t.row] + t.column * t.to.pixel_stride;
-      }
-    }
-    if (t.column == t.to.row_pixels) t.column = 0, ++t.row;
     Vec sum[M][V];
     float* partial = t.partial + t.pixel * V * kLanes;
     if (t.first) {
@@ -233,28 +261,9 @@ inline void tile_run(TileRun& state, int64_t tiles) {
         for (int v = 0; v < V; ++v) sum[m][v] = load(partial + (m * V + v) * kLanes);
     }
     const float* w = t.w;
-    for (int64_t run = 0; run < t.a.run_count; ++run) {
-      const float* a[(M + 2) / 3];
-#pragma GCC unroll 32
-      for (int i = 0; i < (M + 2) / 3; ++i) a[i] = t.a.runs[run] + (t.pixel + 3 * i) * a_stride;
-      int64_t k = 0;
-      for (; k + kUnroll <= run_length; k += kUnroll) {
-#pragma GCC unroll 8
-        for (int u = 0; u < kUnroll; ++u) {
-          if (M <= kFewPixels) __builtin_prefetch(w + u * V * kLanes + kFetchDistance);
-          tile_step<M, V>(sum, a, a_stride, u, w + u * V * kLanes);
-        }
-#pragma GCC unroll 32
-        for (int i = 0; i < (M + 2) / 3; ++i) a[i] += kUnroll;
-        w += kUnroll * V * kLanes;
-      }
-      for (; k < run_length; ++k) {
-        tile_step<M, V>(sum, a, a_stride, 0, w);
-#pragma GCC unroll 32
-        for (int i = 0; i < (M + 2) / 3; ++i) ++a[i];
-        w += V * kLanes;
-      }
-    }
+    const float* a = t.a.data + t.pixel * a_stride;
+    for (int64_t run = 0; run < t.a.run_count; ++run)
+      w = tile_sum<M, V>(sum, a + (t.a.run_offsets ? t.a.run_offsets[run] : 0), a_stride, w, t.a.run_length);
     if (!t.last) {
 #pragma GCC unroll 32
       for (int m = 0; m < M; ++m)
@@ -262,93 +271,92 @@ inline void tile_run(TileRun& state, int64_t tiles) {
         for (int v = 0; v < V; ++v) store(partial + (m * V + v) * kLanes, sum[m][v]);
       continue;
     }
-    tile_store<M, V>(sum, t, out);
+    tile_store<M, V>(sum, t);
   }
-  state.pixel = t.pixel, state.row = t.row, state.column = t.column, state.ahead = t.ahead;
+  state.pixel = t.pixel, state.ahead = t.ahead;
 }
 
-// The same for the plain case, which nearly all work is: one run, the whole depth at once, whole vectors, destination in a straight
-// line. Between two tiles stand a dozen instructions; in tile_run() they are a hundred, a quarter of the time of a 16-deep sum.
-enum class Finish { kFolded, kScaled, kResidual };
+// The same for the plain case, which nearly all work is: the whole depth at once and whole vectors. Between two tiles stand a dozen instructions; in tile_run() they are a hundred, a quarter of the time of a 16-deep sum.
+enum class Finish { kFolded, kFoldedRuns, kScaled, kResidual };
+constexpr int kFinishes = 4;
 
 struct Line {
-  const float* a;
-  int64_t a_stride, depth;
+  Pixels a;
   const float* w;
   const float* scale;
   const float* shift;
   const float* residual;
   int64_t residual_stride;
-  float* out;
-  int64_t out_stride;
+  Destination to;
   Clamp clamp;
   Ahead ahead;
 };
 
-template <int M, int V, Finish kFinish>
-inline void tile_line(Line& line, int64_t tiles) {
-  constexpr int kUnroll = 8;
-  const int64_t a_stride = line.a_stride, out_stride = line.out_stride, depth = line.depth;
-  const float* first = line.a;
-  const float* residual = line.residual;
-  float* out = line.out;
-  const float *packed = line.w, *scales = line.scale, *shifts = line.shift;
+template <int M, int V, Finish kFinish, class Address>
+FASTBLOCKS_INLINE void line_store(const Vec (&sum)[M][V], const Line& line, const float* residual, Address address) {
   const Vec low = broadcast(line.clamp.low), high = broadcast(line.clamp.high);
+#pragma GCC unroll 3
+  for (int v = 0; v < V; ++v)
+#pragma GCC unroll 32
+    for (int m = 0; m < M; ++m) {
+      Vec y = sum[m][v];
+      if (kFinish >= Finish::kScaled) y = y * load(line.scale + v * kLanes) + load(line.shift + v * kLanes);
+      if (kFinish == Finish::kResidual) y += load(residual + m * line.residual_stride + v * kLanes);
+      store(address(m) + v * kLanes, at_most(high, at_least(low, y)));
+    }
+}
+
+template <int M, int V, Finish kFinish>
+inline void tile_line(Line& state, int64_t tiles) {
+  const Line line = state;  // a copy that no store through a pointer can change
+  const int64_t a_stride = line.a.pixel_stride;
+  const float* first = line.a.data;
+  const float* residual = line.residual;
+  float* out = line.to.data;
+  const int64_t* offsets = line.to.offsets;
   Ahead ahead = line.ahead;
   for (; tiles > 0; --tiles) {
     fetch(ahead);
     Vec sum[M][V];
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
-      const Vec start = kFinish == Finish::kFolded ? load(shifts + v * kLanes) : Vec{};
+      const Vec start = kFinish < Finish::kScaled ? load(line.shift + v * kLanes) : Vec{};
 #pragma GCC unroll 32
       for (int m = 0; m < M; ++m) sum[m][v] = start;
     }
-    const float* a[(M + 2) / 3];
-#pragma GCC unroll 32
-    for (int i = 0; i < (M + 2) / 3; ++i) a[i] = first + 3 * i * a_stride;
-    const float* w = packed;
-    int64_t k = depth;
-    for (; k >= kUnroll; k -= kUnroll) {
-#pragma GCC unroll 8
-      for (int u = 0; u < kUnroll; ++u) tile_step<M, V>(sum, a, a_stride, u, w + u * V * kLanes);
-#pragma GCC unroll 32
-      for (int i = 0; i < (M + 2) / 3; ++i) a[i] += kUnroll;
-      w += kUnroll * V * kLanes;
+    if (kFinish == Finish::kFoldedRuns) {
+      const float* w = line.w;
+      for (int64_t run = 0; run < line.a.run_count; ++run)
+        w = tile_sum<M, V>(sum, first + line.a.run_offsets[run], a_stride, w, line.a.run_length);
+    } else {
+      tile_sum<M, V>(sum, first, a_stride, line.w, line.a.run_length);
     }
-    for (; k > 0; --k) {
-      tile_step<M, V>(sum, a, a_stride, 0, w);
-#pragma GCC unroll 32
-      for (int i = 0; i < (M + 2) / 3; ++i) ++a[i];
-      w += V * kLanes;
+    if (offsets) {
+      line_store<M, V, kFinish>(sum, line, residual, [&](int m) { return out + offsets[m]; });
+      offsets += M;
+    } else {
+      line_store<M, V, kFinish>(sum, line, residual, [&](int m) { return out + m * line.to.pixel_stride; });
+      out += M * line.to.pixel_stride;
     }
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v)
-#pragma GCC unroll 32
-      for (int m = 0; m < M; ++m) {
-        Vec y = sum[m][v];
-        if (kFinish != Finish::kFolded) y = y * load(scales + v * kLanes) + load(shifts + v * kLanes);
-        if (kFinish == Finish::kResidual) y += load(residual + m * line.residual_stride + v * kLanes);
-        store(out + m * out_stride + v * kLanes, at_most(high, at_least(low, y)));
-      }
     first += M * a_stride;
-    out += M * out_stride;
     if (kFinish == Finish::kResidual) residual += M * line.residual_stride;
   }
-  line.ahead = ahead;
+  state.a.data = first, state.residual = residual, state.ahead = ahead;
+  state.to.data = out, state.to.offsets = offsets;
 }
 
 // The functions of one tile size.
 struct TileFunctions {
   void (*run)(TileRun&, int64_t);
-  void (*line[3])(Line&, int64_t);  // by Finish
+  void (*line[kFinishes])(Line&, int64_t);  // by Finish
 };
 
 template <int V>
 struct Tiles;
 
 #define FASTBLOCKS_TILE(V, M) \
-  { tile_run<M, V>, {tile_line<M, V, Finish::kFolded>, tile_line<M, V, Finish::kScaled>, tile_line<M, V, Finish::kResidual>} }
+  {tile_run<M, V>, {tile_line<M, V, Finish::kFolded>, tile_line<M, V, Finish::kFoldedRuns>, \
+                    tile_line<M, V, Finish::kScaled>, tile_line<M, V, Finish::kResidual>}}
 #define FASTBLOCKS_TILES_4(V, M) \
   FASTBLOCKS_TILE(V, M + 1), FASTBLOCKS_TILE(V, M + 2), FASTBLOCKS_TILE(V, M + 3), FASTBLOCKS_TILE(V, M + 4)
 template <>
@@ -385,89 +393,60 @@ FASTBLOCKS_INLINE const TileFunctions& tile_functions(int64_t pixels, int vector
 // Floats of the buffer of partial sums for `pixels` pixels of one panel.
 FASTBLOCKS_INLINE int64_t partial_floats(int64_t pixels) { return pixels * kMaxPanelVectors * kLanes; }
 
-// A stretch of pixels in the plain case.
-inline void gemm_line(TileRun& t, int64_t pixel, int64_t pixels, float* out, int vectors) {
-  const Finish finish = !t.scale ? Finish::kFolded : t.residual ? Finish::kResidual : Finish::kScaled;
-  Line line = {t.a.runs[0] + pixel * t.a.pixel_stride,
-               t.a.pixel_stride,
-               t.a.run_length,
-               t.w,
-               t.scale,
-               t.shift,
-               t.residual ? t.residual + pixel * t.residual_stride : nullptr,
-               t.residual_stride,
-               out,
-               t.to.pixel_stride,
-               t.clamp,
-               t.ahead};
+// A panel in the plain case.
+inline void gemm_line(const TileRun& t, int64_t pixels, int vectors) {
+  const Finish finish = t.scale          ? (t.residual ? Finish::kResidual : Finish::kScaled)
+                        : t.a.run_offsets ? Finish::kFoldedRuns
+                                          : Finish::kFolded;
+  Line line = {t.a, t.w, t.scale, t.shift, t.residual, t.residual_stride, t.to, t.clamp, t.ahead};
   // 5 x 2 accumulators lose less between tiles than 6 x 2, which only a long sum repays.
-  const int most = max_tile_pixels(vectors) - (kRegisters == 16 && vectors == 2 && line.depth <= 32);
-  const int64_t tiles = divide_up(pixels, most);
-  const int64_t base = pixels / tiles, extra = pixels % tiles;
-  if (extra) {
-    tile_functions(base + 1, vectors).line[(int)finish](line, extra);
-    const int64_t done = extra * (base + 1);
-    line.a += done * line.a_stride, line.out += done * line.out_stride;
-    if (line.residual) line.residual += done * line.residual_stride;
-  }
+  const int most = max_tile_pixels(vectors) - (kRegisters == 16 && vectors == 2 && t.a.depth() <= 32);
+  const int64_t tiles = divide_up(pixels, most), base = pixels / tiles, extra = pixels % tiles;
+  if (extra) tile_functions(base + 1, vectors).line[(int)finish](line, extra);
   tile_functions(base, vectors).line[(int)finish](line, tiles - extra);
-  t.ahead = line.ahead;
 }
 
 // One panel for `pixels` pixels; t holds the panel's pointers. `partial` is needed only where the depth exceeds kDepthBlock.
 inline void gemm_panel(TileRun& t, int64_t pixels, int vectors) {
-  const int64_t depth = t.a.run_length;
+  const Pixels a = t.a;
+  const float* w = t.w;
   // Blocks of equal depth, so that the last is not a short one.
-  const int64_t blocks = t.a.run_count > 1 ? 1 : divide_up(depth, kDepthBlock);
-  // Rows of few tiles are better crossed than cut.
-  const bool straight = t.to.row_pixels >= smaller(pixels, 4 * max_tile_pixels(vectors));
+  const int64_t blocks = a.run_offsets ? 1 : larger(1, divide_up(a.run_length, kDepthBlock));
+  const int64_t block_depth = divide_up(a.depth(), blocks);
   const int64_t tiles = divide_up(pixels, max_tile_pixels(vectors));
   const int64_t base = pixels / tiles, extra = pixels % tiles;
-  const int64_t block_depth = divide_up(depth, larger(blocks, 1));
-  const int64_t ahead_floats = pixels > kFewPixels && pixels <= kFetchPixels
-                                   ? round_up(divide_up(block_depth * vectors * kLanes, tiles), 16)
-                                   : 0;
-  t.ahead = {ahead_floats ? t.w + block_depth * vectors * kLanes : nullptr, ahead_floats};
-  if (blocks == 1 && t.a.run_count == 1 && straight && t.valid == vectors * kLanes && !(t.residual && !t.scale)) {
-    for (int64_t row = 0, pixel = 0; pixel < pixels; ++row, pixel += t.to.row_pixels)
-      gemm_line(t, pixel, smaller(t.to.row_pixels, pixels - pixel), t.to.rows[row], vectors);
-    return;
-  }
-  const float* const* runs = t.a.runs;
-  const float* w = t.w;
-  const float* block_run = runs[0];
-  if (blocks > 1) t.a.runs = &block_run;
+  const int64_t block_floats = block_depth * vectors * kLanes;
+  if (pixels > kFewPixels && pixels <= kFetchPixels) t.ahead = {w + block_floats, round_up(divide_up(block_floats, tiles), 16)};
+  const bool finished = t.scale ? !t.a.run_offsets : !t.residual;  // a Finish exists
+  if (blocks == 1 && finished && t.valid == vectors * kLanes) return gemm_line(t, pixels, vectors);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t from = block * block_depth;
-    block_run = runs[0] + from;
-    t.a.run_length = smaller(block_depth, depth - from);
+    t.a.data = a.data + from;
+    if (blocks > 1) t.a.run_length = smaller(block_depth, a.run_length - from);
     t.w = w + from * vectors * kLanes;
     t.first = block == 0, t.last = block + 1 == blocks;
-    t.pixel = t.row = t.column = 0;
-    if (ahead_floats) t.ahead.next = t.w + block_depth * vectors * kLanes;
+    t.pixel = 0;
+    if (t.ahead.next) t.ahead.next = t.w + block_floats;
     if (extra) tile_functions(base + 1, vectors).run(t, extra);
     tile_functions(base, vectors).run(t, tiles - extra);
   }
-  t.a.runs = runs, t.a.run_length = depth;
+  t.a = a;
 }
 
-// Panels [panel_begin, panel_end) of the product; the epilogue's pointers and `to` are those of channel 0. `rows_scratch` holds
-// as many pointers as the destination has rows.
+// Panels [panel_begin, panel_end) of the product; the epilogue's pointers and `to` are those of channel 0.
 inline void gemm(const Pixels& a, int64_t pixels, int64_t out_channels, int64_t panel_begin, int64_t panel_end,
-                 const Epilogue& e, const Destination& to, float* partial, float** rows_scratch) {
+                 const Epilogue& e, const Destination& to, float* partial) {
   const Panels panels(out_channels);
-  const int64_t depth = a.run_count * a.run_length, row_count = divide_up(pixels, to.row_pixels);
   TileRun t{};
   t.a = a;
   t.partial = partial;
   t.clamp = e.clamp;
   t.residual_stride = e.residual_stride;
-  t.to = {rows_scratch, to.row_pixels, to.pixel_stride};
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const int64_t channel = panels.first_channel(panel);
     const int width = panels.width(panel);
-    for (int64_t row = 0; row < row_count; ++row) rows_scratch[row] = to.rows[row] + channel;
-    t.w = e.product.weight + channel * depth;
+    t.to = {to.data + channel, to.pixel_stride, to.offsets};
+    t.w = e.product.weight + channel * a.depth();
     t.scale = e.product.scale ? e.product.scale + channel : nullptr, t.shift = e.product.shift + channel;
     t.residual = e.residual ? e.residual + channel : nullptr;
     t.valid = e.pad_channels ? width * kLanes : panels.valid(panel);

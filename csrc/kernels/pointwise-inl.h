@@ -14,15 +14,11 @@ inline void pointwise_run(const void* params, int64_t begin, int64_t end, char* 
     // Neighbouring items share the weights, which are the larger operand where they are not in cache.
     const int64_t m = item % p.pixel_blocks * p.pixel_block, panel = item / p.pixel_blocks * p.panel_block;
     const int64_t pixels = smaller(p.pixel_block, p.pixels - m);
-    const float* a = p.x + m * p.x_stride;
-    const Pixels left = {&a, 1, p.in_channels, p.x_stride};
+    const Pixels left = {p.x + m * p.x_stride, p.in_channels, p.x_stride, 1, nullptr};
     const Epilogue e = {folded_product(p.packed_weight, p.out_channels, p.fold, p.shared), p.clamp,
                         p.residual ? p.residual + m * p.residual_stride : nullptr, p.residual_stride, false};
-    float* row = p.out + m * p.out_stride;
-    float* row_scratch;
-    const Destination to = {&row, pixels, p.out_stride};
-    gemm(left, pixels, p.out_channels, panel, smaller(panel + p.panel_block, panels.count), e, to, partial,
-         &row_scratch);
+    const Destination to = {p.out + m * p.out_stride, p.out_stride, nullptr};
+    gemm(left, pixels, p.out_channels, panel, smaller(panel + p.panel_block, panels.count), e, to, partial);
   }
 }
 

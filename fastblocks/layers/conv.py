@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,6 +114,10 @@ class ConvBNAct(Fused, nn.Sequential):
         super().__init__(*children)
         self.out_channels = out_channels
 
+    def __getitem__(self, idx: Any) -> Any:
+        # a slice of an nn.Sequential is made by its class from the children, which this class is not made from
+        return sliced(self, idx) if isinstance(idx, slice) else super().__getitem__(idx)
+
     def _units(self) -> tuple[Unit, ...] | str:
         return units_of(self, "")
 
@@ -133,6 +138,11 @@ class ConvBNAct(Fused, nn.Sequential):
 
     def _run_children(self, x: Any) -> Any:
         return nn.Sequential.forward(self, x)
+
+
+def sliced(layer: nn.Sequential, idx: slice) -> nn.Sequential:
+    """Some of the children, sharing them, in a plain nn.Sequential."""
+    return nn.Sequential(OrderedDict(list(layer._modules.items())[idx]))  # type: ignore[arg-type]
 
 
 def units_of(layer: nn.Sequential, name: str) -> tuple[Unit, ...] | str:

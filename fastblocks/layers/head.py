@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 
 from fastblocks import functional
 from fastblocks.functional.site import Site
+from fastblocks.layers.conv import sliced
 from fastblocks.layers.fuse import global_hooks, hooks_of, input_reason, tensors_reason, watched
 
 _TYPES = [nn.Dropout, nn.Linear]
@@ -77,6 +78,9 @@ class Classifier(nn.Sequential):
                 if result is not None:
                     return result
         return self._forward_checked(input)
+
+    def __getitem__(self, idx: Any) -> Any:
+        return sliced(self, idx) if isinstance(idx, slice) else super().__getitem__(idx)
 
     def _why_not(self, x: Any) -> str | None:
         children: Any = list(self._modules.values())
