@@ -30,14 +30,14 @@ FASTBLOCKS_INLINE BlockShared block_shared(const InvertedResidualParams& p, int6
   return s;
 }
 
-FASTBLOCKS_INLINE int64_t ring_rows(const InvertedResidualParams& p) { return (p.chunk_rows - 1) * p.stride + p.kernel; }
+FASTBLOCKS_INLINE int64_t ring_rows(const InvertedResidualParams& p) { return (p.step_rows - 1) * p.stride + p.kernel; }
 
 FASTBLOCKS_INLINE bool by_slices(const InvertedResidualParams& p) { return p.bands == 0; }
 
 struct BlockScratch {
   const float** input_rows;  // kernel rows of one output row
   int64_t* ring_offsets;     // of the pixels of an expansion
-  float *ring, *hidden, *partial;
+  float *ring, *hidden;
 };
 
 FASTBLOCKS_INLINE BlockScratch block_scratch(const InvertedResidualParams& p, char* memory, size_t* bytes) {
@@ -51,31 +51,32 @@ FASTBLOCKS_INLINE BlockScratch block_scratch(const InvertedResidualParams& p, ch
   if (p.expand_weight) next += round_up(ring_rows(p) * row_pixels * lanes, 16);
   s.hidden = next;
   if (!by_slices(p)) next += p.chunk_rows * p.out_width * p.hidden_stride;
-  s.partial = next;
-  next += partial_floats(larger(ring_rows(p) * p.width, larger(p.chunk_rows * p.out_width, p.pixel_block)));
   *bytes = (char*)next - memory;
   return s;
 }
 
-// Where the pixels of input rows [iy_begin, iy_end) go in a ring `lanes` channels wide: rows have padding between them.
-inline void ring_destinations(const InvertedResidualParams& p, int64_t lanes, int64_t iy_begin, int64_t iy_end, int64_t* offsets) {
-  const int64_t rows = ring_rows(p), row_pixels = p.width + 2 * p.padding;
-  for (int64_t iy = iy_begin; iy < iy_end; ++iy, offsets += p.width) {
-    const int64_t row = (iy % rows * row_pixels + p.padding) * lanes;
-    for (int64_t x = 0; x < p.width; ++x) offsets[x] = row + x * lanes;
-  }
-}
-
-// Expands input rows [iy_begin, iy_end) of one panel into its ring.
+// Expands input rows [iy_begin, iy_end) of one panel into its ring, whose rows have padding between them. Wide rows are a product
+// each; narrow ones go together, with a table of destinations, so that tiles cross from row to row.
 inline void block_expand(const InvertedResidualParams& p, const BlockShared& shared, const BlockScratch& s, int64_t image,
                          int64_t panel, float* ring, int64_t iy_begin, int64_t iy_end) {
-  if (iy_begin >= iy_end) return;
   const Panels panels(p.hidden_channels);
-  const float* x = p.x.data + image * p.x.image_stride + iy_begin * p.x.row_stride;
-  const Pixels left = {x, p.in_channels, p.x.pixel_stride, 1, nullptr};
+  const int64_t lanes = panels.width(panel) * kLanes, rows = ring_rows(p), row_pixels = p.width + 2 * p.padding;
   const Epilogue e = {folded_product(p.expand_weight, p.hidden_channels, p.fold_expand, shared.expand), p.clamp, nullptr, 0, true};
-  const Destination to = {ring - panels.first_channel(panel), 0, s.ring_offsets};
-  gemm(left, (iy_end - iy_begin) * p.width, p.hidden_channels, panel, panel + 1, e, to, s.partial);
+  const bool narrow = p.width < 8 * max_tile_pixels(kPanelVectors);
+  ring -= panels.first_channel(panel);
+  int64_t* offset = s.ring_offsets;
+  for (int64_t iy = iy_begin; iy < iy_end; ++iy) {
+    const int64_t row = (iy % rows * row_pixels + p.padding) * lanes;
+    if (narrow) {
+      for (int64_t x = 0; x < p.width; ++x) *offset++ = row + x * lanes;
+      if (iy + 1 < iy_end) continue;
+    }
+    const int64_t from = narrow ? iy_begin : iy;
+    const float* x = p.x.data + image * p.x.image_stride + from * p.x.row_stride;
+    const Pixels left = {x, p.in_channels, p.x.pixel_stride, 1, nullptr};
+    const Destination to = {narrow ? ring : ring + row, lanes, narrow ? s.ring_offsets : nullptr};
+    gemm(left, (iy + 1 - from) * p.width, p.hidden_channels, panel, panel + 1, e, to);
+  }
 }
 
 // Depthwise rows [oy_begin, oy_end) of `lanes` channels from `channel` on, into hidden (whose row oy_begin stands first). ring is null
@@ -115,14 +116,14 @@ FASTBLOCKS_INLINE float* clear_ring(const InvertedResidualParams& p, float* ring
 }
 
 inline void block_project(const InvertedResidualParams& p, const BlockShared& shared, int64_t image, int64_t pixel,
-                          int64_t pixels, const float* hidden, int64_t panel_begin, int64_t panel_end, float* partial) {
+                          int64_t pixels, const float* hidden, int64_t panel_begin, int64_t panel_end) {
   const float* residual = p.residual ? p.x.data + image * p.x.image_stride + pixel * p.x.pixel_stride : nullptr;
   const Pixels left = {hidden, p.hidden_channels, p.hidden_stride, 1, nullptr};
   const Clamp none = {-__builtin_inff(), __builtin_inff()};
   const Epilogue e = {folded_product(p.project_weight, p.out_channels, p.fold_project, shared.project), none, residual,
                       p.x.pixel_stride, false};
   const Destination to = {p.out.data + image * p.out.image_stride + pixel * p.out.pixel_stride, p.out.pixel_stride, nullptr};
-  gemm(left, pixels, p.out_channels, panel_begin, panel_end, e, to, partial);
+  gemm(left, pixels, p.out_channels, panel_begin, panel_end, e, to);
 }
 
 // The rows of the input that output rows [oy_begin, oy_end) read: up to *end.
@@ -130,6 +131,23 @@ FASTBLOCKS_INLINE void input_rows(const InvertedResidualParams& p, int64_t oy_be
                                   int64_t* end) {
   *begin = larger(0, oy_begin * p.stride - p.padding);
   *end = larger(*begin, smaller(p.height, (oy_end - 1) * p.stride - p.padding + p.kernel));
+}
+
+// Output rows [oy_begin, oy_end) of one panel of expanded channels, into hidden: a few rows are expanded, then read at once. Input rows
+// below `expanded` are in the ring already.
+inline void block_slice(const InvertedResidualParams& p, const BlockShared& shared, const BlockScratch& s,
+                        DepthwiseRowFunction row_function, int64_t image, int64_t panel, float* ring, int64_t oy_begin,
+                        int64_t oy_end, int64_t expanded, float* hidden) {
+  const Panels panels(p.hidden_channels);
+  for (int64_t oy = oy_begin; oy < oy_end; oy += p.step_rows) {
+    const int64_t step_end = smaller(oy_end, oy + p.step_rows);
+    int64_t iy, iy_end;
+    input_rows(p, oy, step_end, &iy, &iy_end);
+    block_expand(p, shared, s, image, panel, ring, larger(iy, expanded), iy_end);
+    expanded = larger(expanded, iy_end);
+    block_depthwise(p, shared, s, row_function, image, panels.first_channel(panel), panels.width(panel) * kLanes, ring, oy,
+                    step_end, hidden + (oy - oy_begin) * p.out_width * p.hidden_stride);
+  }
 }
 
 inline void block_bands_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
@@ -154,25 +172,19 @@ inline void block_bands_run(const void* params, int64_t begin, int64_t end, char
     for (int64_t oy = from; oy < to; oy += p.chunk_rows) {
       const int64_t oy_end = smaller(to, oy + p.chunk_rows);
       if (p.expand_weight) {
-        int64_t iy, iy_end;
-        input_rows(p, oy, oy_end, &iy, &iy_end);
-        iy = larger(iy, expanded);
         float* ring = s.ring;
-        int64_t offset_lanes = 0;
         for (int64_t panel = 0; panel < hidden_panels.count; ++panel) {
           const int64_t lanes = hidden_panels.width(panel) * kLanes;
-          if (lanes != offset_lanes) ring_destinations(p, lanes, iy, iy_end, s.ring_offsets);
-          offset_lanes = lanes;
-          block_expand(p, shared, s, image, panel, ring, iy, iy_end);
-          block_depthwise(p, shared, s, hidden_panels.width(panel) == kPanelVectors ? pair : other, image,
-                          hidden_panels.first_channel(panel), lanes, ring, oy, oy_end, s.hidden);
+          block_slice(p, shared, s, hidden_panels.width(panel) == kPanelVectors ? pair : other, image, panel, ring, oy, oy_end,
+                      expanded, s.hidden);
           ring += ring_rows(p) * row_pixels * lanes;
         }
-        expanded = larger(expanded, iy_end);
+        int64_t iy;
+        input_rows(p, oy, oy_end, &iy, &expanded);
       } else {
         block_depthwise(p, shared, s, other, image, 0, p.hidden_channels, nullptr, oy, oy_end, s.hidden);
       }
-      block_project(p, shared, image, oy * p.out_width, (oy_end - oy) * p.out_width, s.hidden, 0, out_panels.count, s.partial);
+      block_project(p, shared, image, oy * p.out_width, (oy_end - oy) * p.out_width, s.hidden, 0, out_panels.count);
     }
   }
 }
@@ -190,18 +202,8 @@ inline void block_slices_run(const void* params, int64_t begin, int64_t end, cha
     const int64_t image = item / panels.count, panel = item % panels.count, lanes = panels.width(panel) * kLanes;
     float* hidden = shared.hidden + image * p.out_height * p.out_width * p.hidden_stride;
     clear_ring(p, s.ring, lanes);
-    int64_t expanded = 0;
-    for (int64_t oy = 0; oy < p.out_height; oy += p.chunk_rows) {
-      const int64_t oy_end = smaller(p.out_height, oy + p.chunk_rows);
-      int64_t iy, iy_end;
-      input_rows(p, oy, oy_end, &iy, &iy_end);
-      iy = larger(iy, expanded);
-      ring_destinations(p, lanes, iy, iy_end, s.ring_offsets);
-      block_expand(p, shared, s, image, panel, s.ring, iy, iy_end);
-      expanded = larger(expanded, iy_end);
-      block_depthwise(p, shared, s, panels.width(panel) == kPanelVectors ? pair : other, image, panels.first_channel(panel),
-                      lanes, s.ring, oy, oy_end, hidden + oy * p.out_width * p.hidden_stride);
-    }
+    block_slice(p, shared, s, panels.width(panel) == kPanelVectors ? pair : other, image, panel, s.ring, 0, p.out_height, 0,
+                hidden);
   }
 }
 
@@ -216,20 +218,19 @@ inline void block_project_run(const void* params, int64_t begin, int64_t end, ch
     const int64_t image = item / (p.pixel_blocks * p.panel_blocks), rest = item % (p.pixel_blocks * p.panel_blocks);
     const int64_t pixel = rest % p.pixel_blocks * p.pixel_block, panel = rest / p.pixel_blocks * p.panel_block;
     block_project(p, shared, image, pixel, smaller(p.pixel_block, map - pixel),
-                  shared.hidden + (image * map + pixel) * p.hidden_stride, panel, smaller(panel + p.panel_block, panel_count),
-                  s.partial);
+                  shared.hidden + (image * map + pixel) * p.hidden_stride, panel, smaller(panel + p.panel_block, panel_count));
   }
 }
 
-// Output rows a chunk: as many as keep one panel's ring in L1 and the chunk of hidden channels in L2.
-FASTBLOCKS_INLINE int64_t choose_chunk_rows(const InvertedResidualParams& p, bool slices) {
-  const int64_t ring_floats = 5 * 1024, hidden_floats = 56 * 1024;
+// Output rows a step: as many as keep one panel's ring in L1. Output rows a chunk: as many as keep the hidden channels in L2.
+FASTBLOCKS_INLINE void choose_rows(InvertedResidualParams& p, bool slices) {
+  const int64_t ring_floats = 5 * 1024, hidden_floats = 80 * 1024;
   const int64_t row_floats = (p.width + 2 * p.padding) * kPanelVectors * kLanes;
-  int64_t rows = p.out_height;
-  if (p.expand_weight) rows = smaller(rows, (larger(ring_floats / row_floats, p.kernel) - p.kernel) / p.stride + 1);
-  if (!slices) rows = smaller(rows, larger(1, hidden_floats / (p.out_width * p.hidden_stride)));
-  rows = larger(rows, 1);
-  return divide_up(p.out_height, divide_up(p.out_height, rows));  // chunks of equal height
+  const int64_t chunk = smaller(p.out_height, larger(1, hidden_floats / (p.out_width * p.hidden_stride)));
+  p.chunk_rows = divide_up(p.out_height, divide_up(p.out_height, chunk));  // chunks of equal height
+  const int64_t limit = slices ? p.out_height : p.chunk_rows;
+  const int64_t step = larger(1, (ring_floats / row_floats - p.kernel) / p.stride + 1);
+  p.step_rows = divide_up(limit, divide_up(limit, step));
 }
 
 inline void block_prepare(void* params, int threads, Work* work) {
@@ -240,7 +241,7 @@ inline void block_prepare(void* params, int threads, Work* work) {
   const bool whole_images = threads == 1 || p.images % threads == 0 || p.images >= 4 * threads;
   const bool slices = !whole_images && p.expand_weight && p.out_height * p.out_width < 28 * 28;
   p.bands = slices ? 0 : whole_images ? 1 : smaller(p.out_height, threads);
-  p.chunk_rows = choose_chunk_rows(p, slices);
+  choose_rows(p, slices);
   p.pixel_block = 0;
   p.fold_expand = p.expand_weight && fold_pays(p.images * p.height * p.width, p.in_channels);
   p.fold_project = fold_pays(p.images * p.out_height * p.out_width, p.hidden_channels);

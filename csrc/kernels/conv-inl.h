@@ -39,7 +39,7 @@ FASTBLOCKS_INLINE ConvRuns conv_runs(const ConvParams& p) {
 
 struct ConvScratch {
   int64_t* run_offsets;
-  float *ring, *zeros, *partial;
+  float *ring, *zeros, *end;
   int64_t padded_width, row_floats, ring_rows;
 };
 
@@ -52,7 +52,7 @@ FASTBLOCKS_INLINE ConvScratch conv_scratch(const ConvParams& p, char* memory, si
   float* next = reinterpret_cast<float*>(memory + round_up(conv_runs(p).count, 8) * sizeof(int64_t));
   s.ring = next, next += round_up(s.ring_rows * s.row_floats, 16);
   s.zeros = next, next += round_up(s.row_floats, 16);
-  s.partial = next, next += partial_floats(p.out_width);
+  s.end = next;
   *bytes = (char*)next - memory;
   return s;
 }
@@ -88,7 +88,7 @@ inline void conv_output_row(const ConvParams& p, const ConvScratch& s, int64_t i
   const Pixels left = {s.ring, runs.length, p.stride[1] * step, runs.count, s.run_offsets};
   const Epilogue e = {folded_product(p.packed_weight, p.out_channels, p.fold, p.shared), p.clamp, nullptr, 0, false};
   const Destination to = {p.out.data + image * p.out.image_stride + oy * p.out.row_stride, p.out.pixel_stride, nullptr};
-  gemm(left, p.out_width, p.out_channels, 0, panels.count, e, to, s.partial);
+  gemm(left, p.out_width, p.out_channels, 0, panels.count, e, to);
 }
 
 inline void conv_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
@@ -96,7 +96,7 @@ inline void conv_run(const void* params, int64_t begin, int64_t end, char* memor
   size_t bytes;
   const ConvScratch s = conv_scratch(p, memory, &bytes);
   // The side padding is never written by a row; recycled memory holds anything.
-  __builtin_memset(s.ring, 0, (char*)s.partial - (char*)s.ring);
+  __builtin_memset(s.ring, 0, (char*)s.end - (char*)s.ring);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / p.bands, band = item % p.bands;
     const int64_t from = band * p.out_height / p.bands, to = (band + 1) * p.out_height / p.bands;

@@ -1,9 +1,12 @@
 // The matrix product at the heart of every dense and pointwise convolution: out[m][n] = epilogue(sum_k a[m][k] * w[k][n]).
 //
 // Weights are packed in panels of 2 vectors of output channels (the last of 3 or 1 where the count is odd), each [K][panel]. A
-// tile is as many pixels as the register file allows beside one row of the panel: with 16 registers 6 x 2, 4 x 3 or 12 x 1
+// tile is as many pixels as the register file allows beside one row of the panel: with 16 registers 6 x 2, 4 x 3 or 8 x 1
 // accumulators: two FMA pipes of latency 4 need at least 8 independent ones, and a step of k loads 8 or fewer operands for
 // 12 FMAs. Pixels are split evenly over tiles (49 = 4 x 6 + 5 x 5), so that no tile is a short remainder.
+//
+// A panel that outgrows L1 is streamed from L2 by every tile. Cutting the depth instead, with partial sums in a buffer, was slower at
+// every depth of the networks (384, 576, 960: by 6 to 8 %).
 #pragma once
 
 #include "batch_norm-inl.h"
@@ -14,9 +17,6 @@ namespace FASTBLOCKS_LEVEL {
 
 constexpr int kPanelVectors = 2;
 constexpr int kMaxPanelVectors = 3;
-// Rows of k after which a panel no longer stays in half an L1 cache beside the tile's pixels: longer sums are cut there and
-// the partial sums kept in a small buffer.
-constexpr int64_t kDepthBlock = 256;
 
 FASTBLOCKS_INLINE int max_tile_pixels(int vectors) {
   if (kRegisters == 32) return vectors == 3 ? 9 : vectors == 2 ? 14 : 8;
@@ -108,8 +108,6 @@ struct Destination {
   float* data;
   int64_t pixel_stride;
   const int64_t* offsets;  // null: in a straight line
-
-  FASTBLOCKS_INLINE float* at(int64_t m) const { return data + (offsets ? offsets[m] : m * pixel_stride); }
 };
 
 // The packed weights that follow those in use: each tile fetches a part of them, so that a panel is near when its turn comes. A small
@@ -131,23 +129,24 @@ constexpr int64_t kFetchDistance = 1024;
 // With more pixels than this, waiting for a panel once is no matter.
 constexpr int64_t kFetchPixels = 400;
 
-// Some tiles of one panel and one block of its depth. Pointers are those of the panel's first channel; pixel says where the next tile
-// begins and moves on with each.
+// Some tiles of one panel. All pointers are those of the panel's first channel; a call moves them on.
 struct TileRun {
   Pixels a;
   const float* w;
-  float* partial;
-  bool first, last;  // block of the depth
-  const float* scale;
+  const float* scale;  // null: the weights have it in them, sums begin at the shift
   const float* shift;
-  Clamp clamp;
-  const float* residual;
+  const float* residual;  // or null
   int64_t residual_stride;
   Destination to;
-  int valid;  // channels
-  int64_t pixel;
+  Clamp clamp;
+  int valid;  // channels to store
   Ahead ahead;
 };
+
+// What tells the variants of a tile apart: the plain cases, and one that asks at run time. Between two tiles of a plain variant stand a
+// dozen instructions; asking makes them a hundred, a quarter of the time of a 16-deep sum.
+enum class Finish { kFolded, kFoldedRuns, kScaled, kResidual, kAny };
+constexpr int kFinishes = 5;
 
 template <int N>
 struct Number {
@@ -198,165 +197,84 @@ FASTBLOCKS_INLINE const float* tile_sum(Vec (&sum)[M][V], const float* first, in
   return w;
 }
 
-template <int M, int V>
-FASTBLOCKS_INLINE void tile_store(const Vec (&sum)[M][V], const TileRun& t) {
-  float* out[M];
-#pragma GCC unroll 32
-  for (int m = 0; m < M; ++m) out[m] = t.to.at(t.pixel + m);
+template <int M, int V, Finish kFinish, class Address>
+FASTBLOCKS_INLINE void tile_store(const Vec (&sum)[M][V], const TileRun& t, const float* residual, Address address) {
   const Vec low = broadcast(t.clamp.low), high = broadcast(t.clamp.high);
-  const float* residual = t.residual ? t.residual + t.pixel * t.residual_stride : nullptr;
-  if (!t.scale && t.valid == V * kLanes && !residual) {
-#pragma GCC unroll 32
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) store(out[m] + v * kLanes, at_most(high, at_least(low, sum[m][v])));
-    return;
-  }
+  constexpr bool kAny = kFinish == Finish::kAny;
+  const bool scaled = kAny ? t.scale != nullptr : kFinish >= Finish::kScaled;
+  const bool added = kAny ? residual != nullptr : kFinish == Finish::kResidual;
 #pragma GCC unroll 3
   for (int v = 0; v < V; ++v) {
-    const Vec scale = t.scale ? load(t.scale + v * kLanes) : broadcast(1.0f);
-    const Vec shift = t.scale ? load(t.shift + v * kLanes) : Vec{};
-    const int lanes = t.valid - v * kLanes;
-    if (lanes >= kLanes) {
-      if (residual) {
-#pragma GCC unroll 32
-        for (int m = 0; m < M; ++m) {
-          const Vec y = sum[m][v] * scale + shift + load(residual + m * t.residual_stride + v * kLanes);
-          store(out[m] + v * kLanes, at_most(high, at_least(low, y)));
-        }
-      } else {
-#pragma GCC unroll 32
-        for (int m = 0; m < M; ++m) store(out[m] + v * kLanes, at_most(high, at_least(low, sum[m][v] * scale + shift)));
-      }
-    } else {
-      for (int m = 0; m < M; ++m) {
-        Vec y = sum[m][v] * scale + shift;
-        if (residual) y += load_partial(residual + m * t.residual_stride + v * kLanes, lanes);
-        store_partial(out[m] + v * kLanes, lanes, at_most(high, at_least(low, y)));
-      }
-    }
-  }
-}
-
-template <int M, int V>
-inline void tile_run(TileRun& state, int64_t tiles) {
-  // A copy that no store through a pointer can change: its members stay in registers.
-  TileRun t = state;
-  const int64_t a_stride = t.a.pixel_stride;
-  for (; tiles > 0; --tiles, t.pixel += M) {
-    fetch(t.ahead);
-    Vec sum[M][V];
-    float* partial = t.partial + t.pixel * V * kLanes;
-    if (t.first) {
-#pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) {
-        const Vec start = t.scale ? Vec{} : load(t.shift + v * kLanes);
-#pragma GCC unroll 32
-        for (int m = 0; m < M; ++m) sum[m][v] = start;
-      }
-    } else {
-#pragma GCC unroll 32
-      for (int m = 0; m < M; ++m)
-#pragma GCC unroll 3
-        for (int v = 0; v < V; ++v) sum[m][v] = load(partial + (m * V + v) * kLanes);
-    }
-    const float* w = t.w;
-    const float* a = t.a.data + t.pixel * a_stride;
-    for (int64_t run = 0; run < t.a.run_count; ++run)
-      w = tile_sum<M, V>(sum, a + (t.a.run_offsets ? t.a.run_offsets[run] : 0), a_stride, w, t.a.run_length);
-    if (!t.last) {
-#pragma GCC unroll 32
-      for (int m = 0; m < M; ++m)
-#pragma GCC unroll 3
-        for (int v = 0; v < V; ++v) store(partial + (m * V + v) * kLanes, sum[m][v]);
-      continue;
-    }
-    tile_store<M, V>(sum, t);
-  }
-  state.pixel = t.pixel, state.ahead = t.ahead;
-}
-
-// The same for the plain case, which nearly all work is: the whole depth at once and whole vectors. Between two tiles stand a dozen instructions; in tile_run() they are a hundred, a quarter of the time of a 16-deep sum.
-enum class Finish { kFolded, kFoldedRuns, kScaled, kResidual };
-constexpr int kFinishes = 4;
-
-struct Line {
-  Pixels a;
-  const float* w;
-  const float* scale;
-  const float* shift;
-  const float* residual;
-  int64_t residual_stride;
-  Destination to;
-  Clamp clamp;
-  Ahead ahead;
-};
-
-template <int M, int V, Finish kFinish, class Address>
-FASTBLOCKS_INLINE void line_store(const Vec (&sum)[M][V], const Line& line, const float* residual, Address address) {
-  const Vec low = broadcast(line.clamp.low), high = broadcast(line.clamp.high);
-#pragma GCC unroll 3
-  for (int v = 0; v < V; ++v)
+    const int lanes = kAny ? (int)smaller(kLanes, t.valid - v * kLanes) : kLanes;
 #pragma GCC unroll 32
     for (int m = 0; m < M; ++m) {
       Vec y = sum[m][v];
-      if (kFinish >= Finish::kScaled) y = y * load(line.scale + v * kLanes) + load(line.shift + v * kLanes);
-      if (kFinish == Finish::kResidual) y += load(residual + m * line.residual_stride + v * kLanes);
-      store(address(m) + v * kLanes, at_most(high, at_least(low, y)));
+      if (scaled) y = y * load(t.scale + v * kLanes) + load(t.shift + v * kLanes);
+      if (added) {
+        const float* more = residual + m * t.residual_stride + v * kLanes;
+        y += lanes == kLanes ? load(more) : load_partial(more, lanes);
+      }
+      y = at_most(high, at_least(low, y));
+      if (lanes == kLanes)
+        store(address(m) + v * kLanes, y);
+      else
+        store_partial(address(m) + v * kLanes, lanes, y);
     }
+  }
 }
 
 template <int M, int V, Finish kFinish>
-inline void tile_line(Line& state, int64_t tiles) {
-  const Line line = state;  // a copy that no store through a pointer can change
-  const int64_t a_stride = line.a.pixel_stride;
-  const float* first = line.a.data;
-  const float* residual = line.residual;
-  float* out = line.to.data;
-  const int64_t* offsets = line.to.offsets;
-  Ahead ahead = line.ahead;
+inline void tile_run(TileRun& state, int64_t tiles) {
+  const TileRun t = state;  // a copy that no store through a pointer can change: its members stay in registers
+  constexpr bool kAny = kFinish == Finish::kAny;
+  const bool folded = kAny ? t.scale == nullptr : kFinish < Finish::kScaled;
+  const int64_t a_stride = t.a.pixel_stride;
+  const float* a = t.a.data;
+  const float* residual = t.residual;
+  float* out = t.to.data;
+  const int64_t* offsets = t.to.offsets;
+  Ahead ahead = t.ahead;
   for (; tiles > 0; --tiles) {
     fetch(ahead);
     Vec sum[M][V];
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
-      const Vec start = kFinish < Finish::kScaled ? load(line.shift + v * kLanes) : Vec{};
+      const Vec start = folded ? load(t.shift + v * kLanes) : Vec{};
 #pragma GCC unroll 32
       for (int m = 0; m < M; ++m) sum[m][v] = start;
     }
-    if (kFinish == Finish::kFoldedRuns) {
-      const float* w = line.w;
-      for (int64_t run = 0; run < line.a.run_count; ++run)
-        w = tile_sum<M, V>(sum, first + line.a.run_offsets[run], a_stride, w, line.a.run_length);
+    if (kFinish == Finish::kFoldedRuns || (kAny && t.a.run_offsets)) {
+      const float* w = t.w;
+      for (int64_t run = 0; run < t.a.run_count; ++run)
+        w = tile_sum<M, V>(sum, a + t.a.run_offsets[run], a_stride, w, t.a.run_length);
     } else {
-      tile_sum<M, V>(sum, first, a_stride, line.w, line.a.run_length);
+      tile_sum<M, V>(sum, a, a_stride, t.w, t.a.run_length);
     }
     if (offsets) {
-      line_store<M, V, kFinish>(sum, line, residual, [&](int m) { return out + offsets[m]; });
+      tile_store<M, V, kFinish>(sum, t, residual, [&](int m) { return out + offsets[m]; });
       offsets += M;
     } else {
-      line_store<M, V, kFinish>(sum, line, residual, [&](int m) { return out + m * line.to.pixel_stride; });
-      out += M * line.to.pixel_stride;
+      tile_store<M, V, kFinish>(sum, t, residual, [&](int m) { return out + m * t.to.pixel_stride; });
+      out += M * t.to.pixel_stride;
     }
-    first += M * a_stride;
-    if (kFinish == Finish::kResidual) residual += M * line.residual_stride;
+    a += M * a_stride;
+    if (residual) residual += M * t.residual_stride;
   }
-  state.a.data = first, state.residual = residual, state.ahead = ahead;
+  state.a.data = a, state.residual = residual, state.ahead = ahead;
   state.to.data = out, state.to.offsets = offsets;
 }
 
-// The functions of one tile size.
+// The variants of one tile size, by Finish.
 struct TileFunctions {
-  void (*run)(TileRun&, int64_t);
-  void (*line[kFinishes])(Line&, int64_t);  // by Finish
+  void (*by_finish[kFinishes])(TileRun&, int64_t);
 };
 
 template <int V>
 struct Tiles;
 
-#define FASTBLOCKS_TILE(V, M) \
-  {tile_run<M, V>, {tile_line<M, V, Finish::kFolded>, tile_line<M, V, Finish::kFoldedRuns>, \
-                    tile_line<M, V, Finish::kScaled>, tile_line<M, V, Finish::kResidual>}}
+#define FASTBLOCKS_TILE(V, M)                                                                                     \
+  {{tile_run<M, V, Finish::kFolded>, tile_run<M, V, Finish::kFoldedRuns>, tile_run<M, V, Finish::kScaled>, \
+    tile_run<M, V, Finish::kResidual>, tile_run<M, V, Finish::kAny>}}
 #define FASTBLOCKS_TILES_4(V, M) \
   FASTBLOCKS_TILE(V, M + 1), FASTBLOCKS_TILE(V, M + 2), FASTBLOCKS_TILE(V, M + 3), FASTBLOCKS_TILE(V, M + 4)
 template <>
@@ -390,66 +308,42 @@ FASTBLOCKS_INLINE const TileFunctions& tile_functions(int64_t pixels, int vector
   return Tiles<1>::table[pixels - 1];
 }
 
-// Floats of the buffer of partial sums for `pixels` pixels of one panel.
-FASTBLOCKS_INLINE int64_t partial_floats(int64_t pixels) { return pixels * kMaxPanelVectors * kLanes; }
-
-// A panel in the plain case.
-inline void gemm_line(const TileRun& t, int64_t pixels, int vectors) {
-  const Finish finish = t.scale          ? (t.residual ? Finish::kResidual : Finish::kScaled)
+inline void gemm_panel(TileRun t, int64_t pixels, int vectors) {
+  const bool plain = t.valid == vectors * kLanes && (t.scale ? !t.a.run_offsets : !t.residual);
+  const Finish finish = !plain            ? Finish::kAny
+                        : t.residual      ? Finish::kResidual
+                        : t.scale         ? Finish::kScaled
                         : t.a.run_offsets ? Finish::kFoldedRuns
                                           : Finish::kFolded;
-  Line line = {t.a, t.w, t.scale, t.shift, t.residual, t.residual_stride, t.to, t.clamp, t.ahead};
   // 5 x 2 accumulators lose less between tiles than 6 x 2, which only a long sum repays.
   const int most = max_tile_pixels(vectors) - (kRegisters == 16 && vectors == 2 && t.a.depth() <= 32);
   const int64_t tiles = divide_up(pixels, most), base = pixels / tiles, extra = pixels % tiles;
-  if (extra) tile_functions(base + 1, vectors).line[(int)finish](line, extra);
-  tile_functions(base, vectors).line[(int)finish](line, tiles - extra);
-}
-
-// One panel for `pixels` pixels; t holds the panel's pointers. `partial` is needed only where the depth exceeds kDepthBlock.
-inline void gemm_panel(TileRun& t, int64_t pixels, int vectors) {
-  const Pixels a = t.a;
-  const float* w = t.w;
-  // Blocks of equal depth, so that the last is not a short one.
-  const int64_t blocks = a.run_offsets ? 1 : larger(1, divide_up(a.run_length, kDepthBlock));
-  const int64_t block_depth = divide_up(a.depth(), blocks);
-  const int64_t tiles = divide_up(pixels, max_tile_pixels(vectors));
-  const int64_t base = pixels / tiles, extra = pixels % tiles;
-  const int64_t block_floats = block_depth * vectors * kLanes;
-  if (pixels > kFewPixels && pixels <= kFetchPixels) t.ahead = {w + block_floats, round_up(divide_up(block_floats, tiles), 16)};
-  const bool finished = t.scale ? !t.a.run_offsets : !t.residual;  // a Finish exists
-  if (blocks == 1 && finished && t.valid == vectors * kLanes) return gemm_line(t, pixels, vectors);
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t from = block * block_depth;
-    t.a.data = a.data + from;
-    if (blocks > 1) t.a.run_length = smaller(block_depth, a.run_length - from);
-    t.w = w + from * vectors * kLanes;
-    t.first = block == 0, t.last = block + 1 == blocks;
-    t.pixel = 0;
-    if (t.ahead.next) t.ahead.next = t.w + block_floats;
-    if (extra) tile_functions(base + 1, vectors).run(t, extra);
-    tile_functions(base, vectors).run(t, tiles - extra);
+  if (pixels > kFewPixels && pixels <= kFetchPixels) {
+    const int64_t floats = t.a.depth() * vectors * kLanes;
+    t.ahead = {t.w + floats, round_up(divide_up(floats, tiles), 16)};
   }
-  t.a = a;
+  if (extra) tile_functions(base + 1, vectors).by_finish[(int)finish](t, extra);
+  tile_functions(base, vectors).by_finish[(int)finish](t, tiles - extra);
 }
 
 // Panels [panel_begin, panel_end) of the product; the epilogue's pointers and `to` are those of channel 0.
 inline void gemm(const Pixels& a, int64_t pixels, int64_t out_channels, int64_t panel_begin, int64_t panel_end,
-                 const Epilogue& e, const Destination& to, float* partial) {
+                 const Epilogue& e, const Destination& to) {
+  if (pixels == 0) return;
   const Panels panels(out_channels);
-  TileRun t{};
-  t.a = a;
-  t.partial = partial;
-  t.clamp = e.clamp;
-  t.residual_stride = e.residual_stride;
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const int64_t channel = panels.first_channel(panel);
     const int width = panels.width(panel);
-    t.to = {to.data + channel, to.pixel_stride, to.offsets};
-    t.w = e.product.weight + channel * a.depth();
-    t.scale = e.product.scale ? e.product.scale + channel : nullptr, t.shift = e.product.shift + channel;
-    t.residual = e.residual ? e.residual + channel : nullptr;
-    t.valid = e.pad_channels ? width * kLanes : panels.valid(panel);
+    TileRun t = {a,
+                 e.product.weight + channel * a.depth(),
+                 e.product.scale ? e.product.scale + channel : nullptr,
+                 e.product.shift + channel,
+                 e.residual ? e.residual + channel : nullptr,
+                 e.residual_stride,
+                 {to.data + channel, to.pixel_stride, to.offsets},
+                 e.clamp,
+                 e.pad_channels ? width * kLanes : panels.valid(panel),
+                 {nullptr, 0}};
     gemm_panel(t, pixels, width);
   }
 }

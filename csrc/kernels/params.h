@@ -107,7 +107,7 @@ struct InvertedResidualParams {
   float* shared;
   // set by prepare
   bool fold_expand, fold_project;
-  int64_t bands, chunk_rows, hidden_stride, pixel_block, pixel_blocks, panel_block, panel_blocks;
+  int64_t bands, chunk_rows, step_rows, hidden_stride, pixel_block, pixel_blocks, panel_block, panel_blocks;
 };
 
 struct PoolParams {

@@ -6,10 +6,9 @@
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
 
-inline void pointwise_run(const void* params, int64_t begin, int64_t end, char* scratch) noexcept {
+inline void pointwise_run(const void* params, int64_t begin, int64_t end, char*) noexcept {
   const PointwiseParams& p = *static_cast<const PointwiseParams*>(params);
   const Panels panels(p.out_channels);
-  float* partial = reinterpret_cast<float*>(scratch);
   for (int64_t item = begin; item < end; ++item) {
     // Neighbouring items share the weights, which are the larger operand where they are not in cache.
     const int64_t m = item % p.pixel_blocks * p.pixel_block, panel = item / p.pixel_blocks * p.panel_block;
@@ -18,7 +17,7 @@ inline void pointwise_run(const void* params, int64_t begin, int64_t end, char* 
     const Epilogue e = {folded_product(p.packed_weight, p.out_channels, p.fold, p.shared), p.clamp,
                         p.residual ? p.residual + m * p.residual_stride : nullptr, p.residual_stride, false};
     const Destination to = {p.out + m * p.out_stride, p.out_stride, nullptr};
-    gemm(left, pixels, p.out_channels, panel, smaller(panel + p.panel_block, panels.count), e, to, partial);
+    gemm(left, pixels, p.out_channels, panel, smaller(panel + p.panel_block, panels.count), e, to);
   }
 }
 
@@ -43,7 +42,7 @@ inline void pointwise_prepare(void* params, int threads, Work* work) {
   cut_product(p.pixels, p.in_channels, panels.count, threads, &p.pixel_block, &p.pixel_blocks, &p.panel_block, &panel_blocks);
   work->count = 1;
   work->phases[0] = {pointwise_run, &p, p.pixel_blocks * panel_blocks};
-  work->worker_bytes = partial_floats(p.pixel_block) * sizeof(float);
+  work->worker_bytes = 0;
   p.fold = fold_pays(p.pixels, p.in_channels);
   work->shared_bytes = folded_product_floats(p.out_channels, p.in_channels, p.fold) * sizeof(float);
 }
