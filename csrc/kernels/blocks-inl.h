@@ -207,12 +207,10 @@ inline void block_slices_run(const void* params, int64_t begin, int64_t end, cha
   }
 }
 
-inline void block_project_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
+inline void block_project_run(const void* params, int64_t begin, int64_t end, char*) noexcept {
   const InvertedResidualParams& p = *static_cast<const InvertedResidualParams*>(params);
   int64_t shared_floats;
-  size_t bytes;
   const BlockShared shared = block_shared(p, &shared_floats);
-  const BlockScratch s = block_scratch(p, memory, &bytes);
   const int64_t map = p.out_height * p.out_width, panel_count = Panels(p.out_channels).count;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / (p.pixel_blocks * p.panel_blocks), rest = item % (p.pixel_blocks * p.panel_blocks);
