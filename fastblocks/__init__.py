@@ -3,6 +3,7 @@
 from fastblocks import backends, functional, layers, models
 from fastblocks.backends import backend_info, current_backend, refresh, use_backend
 from fastblocks.layers import ConvBNAct, DepthwiseConvBNAct, InvertedResidual, PointwiseConvBNAct
+from fastblocks.memory import empty_cache, memory_stats
 
 __version__ = "0.1.0"
 
@@ -15,8 +16,10 @@ __all__ = [
     "backend_info",
     "backends",
     "current_backend",
+    "empty_cache",
     "functional",
     "layers",
+    "memory_stats",
     "models",
     "refresh",
     "use_backend",

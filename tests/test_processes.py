@@ -1,0 +1,140 @@
+"""Threads and processes: forked children, several Python threads at once, and what the extension brings into a process."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastblocks
+from fastblocks import InvertedResidual
+
+pytestmark = pytest.mark.skipif(fastblocks.current_backend() != "native", reason="needs the native tier")
+
+_FORK = """
+import os, signal, sys, torch, fastblocks
+torch.set_num_threads(2)
+model = fastblocks.models.mobilenet_v2().eval()
+x = torch.randn(1, 3, 224, 224)
+# Only ops of fastblocks: torch's own hang in a child forked after their pool was used.
+layers = [m for m in model.features]
+def run():
+    with torch.no_grad():
+        y = x
+        for layer in layers:
+            y = layer(y)
+        return y
+before = run()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(30)
+    same = run().numpy().tobytes() == before.numpy().tobytes()
+    os._exit(0 if same else 3)
+_, status = os.waitpid(pid, 0)
+sys.exit(os.waitstatus_to_exitcode(status) & 0xFF)
+"""
+
+
+def test_child_forked_after_use_computes_the_same():
+    done = subprocess.run([sys.executable, "-c", _FORK], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_eight_threads_at_once_give_equal_outputs():
+    model = fastblocks.models.mobilenet_v2().eval()
+    x = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        expected = model(x)
+    outputs: list[torch.Tensor | None] = [None] * 8
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            for _ in range(3):
+                outputs[i] = model(x)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert all(output is not None and torch.equal(output, expected) for output in outputs)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_result_is_the_same_at_any_thread_count(threads: int):
+    layer = InvertedResidual(16, 16, stride=1, expand_ratio=6).eval()
+    x = torch.randn(2, 16, 33, 30).to(memory_format=torch.channels_last)
+    former = torch.get_num_threads()
+    try:
+        with torch.no_grad():
+            torch.set_num_threads(1)
+            expected = layer(x)
+            torch.set_num_threads(threads)
+            assert torch.equal(layer(x), expected)
+    finally:
+        torch.set_num_threads(former)
+
+
+def test_no_second_openmp_runtime():
+    code = (
+        "import torch\n"
+        "read = lambda: {l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l.split()[-1].rpartition('/')[2]}\n"
+        "torch.ones(100, 100) @ torch.ones(100, 100)\nbefore = read()\n"
+        "import fastblocks\n"
+        "with torch.no_grad(): fastblocks.InvertedResidual(8, 8).eval()(torch.randn(1, 8, 16, 16))\n"
+        "assert read() == before, read() - before\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_denormals_stay_as_the_caller_has_them():
+    layer = InvertedResidual(8, 8).eval()
+    with torch.no_grad():
+        layer(torch.randn(1, 8, 16, 16))
+    assert float(torch.tensor(1e-40) * 1.0) > 0
+    assert float.fromhex("0x1p-1074") > 0
+
+
+def test_memory_is_recycled():
+    layer = InvertedResidual(8, 8).eval()
+    x = torch.randn(1, 8, 64, 64)
+    with torch.no_grad():
+        layer(x)
+        before = fastblocks.memory_stats()
+        for _ in range(5):
+            layer(x)
+        after = fastblocks.memory_stats()
+    assert after["misses"] == before["misses"]
+    assert after["active_bytes"] == before["active_bytes"]
+    fastblocks.empty_cache()
+    assert fastblocks.memory_stats()["cached_bytes"] <= after["cached_bytes"]
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_no_weak_symbol_outside_its_level():
+    libraries = sorted(Path(__file__).parents[1].glob("build/temp*/libfastblocks_*.a"))
+    if not libraries:
+        pytest.skip("the build directory is elsewhere: no static libraries to look at")
+    for library in libraries:
+        level = re.sub(r"^libfastblocks_|\.a$", "", library.name)
+        listed = subprocess.run(["nm", "-C", str(library)], capture_output=True, text=True, check=True).stdout
+        weak = [line for line in listed.splitlines() if re.search(r" [VWu] ", line)]
+        assert [line for line in weak if f"fastblocks::{level}::" not in line] == []
+
+
+def test_isa_of_the_environment_is_taken():
+    from fastblocks.backends import native
+
+    for level in native.isa_levels():
+        code = "import fastblocks; print(fastblocks.backend_info()['isa'])"
+        environment = {**os.environ, "FASTBLOCKS_ISA": level}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+        assert done.stdout.strip() == level
