@@ -1,6 +1,7 @@
 """Builds the native kernels: one static library an instruction set level, and the extension that links them.
 
-Where no compiler is found, or it fails, the install still succeeds without them: fastblocks then computes with plain torch operations.
+Where no compiler is found, or it fails, the install still succeeds without them: fastblocks then computes with plain
+torch operations.
 FASTBLOCKS_BUILD=require makes a failed build an error, FASTBLOCKS_BUILD=skip does not try.
 FASTBLOCKS_EMULATE_V4=1 builds the AVX-512 level's code for a CPU without AVX-512 (for tests; slow).
 """
@@ -23,7 +24,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Contraction to FMA yes; never -ffast-math: it breaks NaN and, linked, the whole process's denormals.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-KERNEL_FLAGS = [*FLAGS, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-maybe-uninitialized", "-g0"]
+KERNEL_FLAGS = [*FLAGS, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-g0"]
+KERNEL_FLAGS += ["-fno-exceptions", "-fno-rtti", "-Wno-maybe-uninitialized"]
 LEVELS = {"baseline": []}
 if X86:
     LEVELS["baseline"] = ["-march=x86-64"]

@@ -1,10 +1,11 @@
 """MobileNetV2 in fastblocks beside what a user would pick instead, each in a process of its own.
 
-Rounds are interleaved (A B C A B C ...), so a slow spell of the machine falls on everybody. What is quoted is the median over
-rounds of the ratio within a round, with the median time of each row beside it. Outputs are compared before anything is timed.
+Rounds are interleaved (A B C A B C ...), so a slow spell of the machine falls on everybody. What is quoted is the
+median over rounds of the ratio within a round, with the median time of each row beside it. Outputs are compared before
+anything is timed.
 
     python benchmarks/side_by_side.py --batch 1 --threads 2
-    python benchmarks/side_by_side.py --litert-python /path/to/venv/bin/python     # ai-edge-litert needs its own environment
+    python benchmarks/side_by_side.py --litert-python OTHER_ENVIRONMENT/bin/python   # ai-edge-litert needs its own
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def export_network(folder: Path, batch: int) -> None:
         x = torch.randn(batch, 3, 224, 224)
         with fastblocks.use_backend("reference"):
             np.save(folder / "expected.npy", model(x).numpy())
-            torch.onnx.export(model, (x,), str(folder / "model.onnx"), dynamo=False, input_names=["x"], opset_version=17)
+            torch.onnx.export(
+                model, (x,), str(folder / "model.onnx"), dynamo=False, input_names=["x"], opset_version=17
+            )
     np.save(folder / "x.npy", x.numpy())
     torch.save(model.state_dict(), folder / "model.pth")
 
@@ -160,7 +163,16 @@ class Worker:
         self.peer = peer
         self.times: list[float] = []
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        command = [python, str(HERE / "side_by_side.py"), "--serve", peer, "--folder", str(folder), "--threads", str(threads)]
+        command = [
+            python,
+            str(HERE / "side_by_side.py"),
+            "--serve",
+            peer,
+            "--folder",
+            str(folder),
+            "--threads",
+            str(threads),
+        ]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
@@ -200,11 +212,15 @@ def report(workers: list[Worker], arguments) -> None:
     mine = next((w for w in workers if w.peer == "fastblocks"), None)
     outside = [w for w in workers if w.peer in ("onnxruntime", "openvino", "litert")]
     rounds = range(len(workers[0].times))
-    print(f"MobileNetV2, batch {arguments.batch}, {arguments.threads} threads, {len(rounds)} rounds, {platform.processor()}")
+    print(
+        f"MobileNetV2, batch {arguments.batch}, {arguments.threads} threads, {len(rounds)} rounds, {platform.machine()}"
+    )
     for worker in workers:
         line = f"{worker.peer:14s} {statistics.median(worker.times):8.2f} ms  (best {min(worker.times):.2f})"
         if mine and worker is not mine:
-            line += f"   fastblocks takes {statistics.median(mine.times[r] / worker.times[r] for r in rounds):.3f} of it"
+            line += (
+                f"   fastblocks takes {statistics.median(mine.times[r] / worker.times[r] for r in rounds):.3f} of it"
+            )
         print(line)
     if mine and outside:
         best = statistics.median(mine.times[r] / min(w.times[r] for w in outside) for r in rounds)
@@ -218,7 +234,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=0.5, help="length of one turn of one peer")
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
-    parser.add_argument("--litert-python", help="the Python that has ai-edge-litert, litert-torch, torch and torchvision")
+    parser.add_argument(
+        "--litert-python", help="the Python that has ai-edge-litert, litert-torch, torch and torchvision"
+    )
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,5 +1,5 @@
-// The only PYBIND11_MODULE: tensors' addresses and sizes in, memory-safety checks, one run of phases, an output out. What a valid
-// call is, in the user's terms, was checked above (fastblocks/functional); here only that no kernel can leave its memory.
+// The only PYBIND11_MODULE: tensors' addresses and sizes in, memory-safety checks, one run of phases, an output out. What a
+// valid call is, in the user's terms, was checked above (fastblocks/functional); here only that no kernel can leave its memory.
 //
 // No torch header is included: a tensor is asked for its address through its data_ptr() method, and outputs travel as DLPack.
 #include <pybind11/pybind11.h>
@@ -87,8 +87,7 @@ const float* address(py::handle tensor) {
   static PyObject* const name = PyUnicode_InternFromString("data_ptr");
   if (tensor.is_none()) return nullptr;
   PyObject* const arguments[] = {tensor.ptr()};
-  const py::object value =
-      py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(name, arguments, 1, nullptr));
+  const py::object value = py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(name, arguments, 1, nullptr));
   if (!value) throw py::error_already_set();
   return static_cast<const float*>(PyLong_AsVoidPtr(value.ptr()));
 }
@@ -169,7 +168,7 @@ struct Allocation {
 };
 
 template <class Params>
-void run_op(const Op& op, Params& params, float* Params::*shared_member) {
+void run_op(const Op& op, Params& params, float* Params::* shared_member) {
   const int workers = worker_count();
   Work work{};
   op.prepare(&params, workers, &work);
@@ -275,7 +274,8 @@ py::object inverted_residual(uintptr_t x, int64_t n, int64_t c, int64_t h, int64
   p.images = n, p.height = h, p.width = w, p.in_channels = c;
   p.hidden_channels = depthwise_pack.out_channels, p.out_channels = project_pack.out_channels;
   p.out_height = output_size(h, p.kernel, stride, padding, 1), p.out_width = output_size(w, p.kernel, stride, padding, 1);
-  require(!residual || (p.out_height == h && p.out_width == w && p.out_channels == c), "fastblocks._C: residual of another shape");
+  require(!residual || (p.out_height == h && p.out_width == w && p.out_channels == c),
+          "fastblocks._C: residual of another shape");
   require(expand_pack || p.hidden_channels == c, "fastblocks._C: channels of the depthwise weight");
   Allocation out(n, p.out_channels, p.out_height, p.out_width);
   p.x = {reinterpret_cast<float*>(x), image_stride, w * pixel_stride, pixel_stride};
@@ -322,10 +322,9 @@ py::dict stats() {
 PYBIND11_MODULE(_C, m) {
   using namespace fastblocks;
   py::class_<Pack>(m, "Pack").def_readonly("level", &Pack::level);
-  py::class_<Geometry>(m, "Geometry")
-      .def(py::init([](int64_t s0, int64_t s1, int64_t p0, int64_t p1, int64_t d0, int64_t d1) {
-        return Geometry{{s0, s1}, {p0, p1}, {d0, d1}};
-      }));
+  py::class_<Geometry>(m, "Geometry").def(py::init([](int64_t s0, int64_t s1, int64_t p0, int64_t p1, int64_t d0, int64_t d1) {
+    return Geometry{{s0, s1}, {p0, p1}, {d0, d1}};
+  }));
   m.def("pack_conv", &pack_conv);
   m.def("pack_depthwise", &pack_depthwise);
   m.def("pointwise", &pointwise);

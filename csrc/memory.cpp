@@ -12,8 +12,8 @@ namespace fastblocks {
 namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
-// Small slabs are carved from chunks of this size, so that packed weights, scratch and outputs lie together in a few huge pages:
-// a network's weights in pages of 4 KiB need more entries than the TLB has, and a miss in a virtual machine costs 70 ns.
+// Small slabs are carved from chunks of this size, so that packed weights, scratch and outputs lie together in a few huge
+// pages: a network's weights in pages of 4 KiB need more entries than the TLB has, and a miss in a virtual machine costs 70 ns.
 constexpr size_t kChunk = 8 * kHugePage;
 constexpr size_t kLargestCarved = kHugePage;
 
@@ -105,9 +105,7 @@ struct Pool {
     return slab;
   }
 
-  static void destroy(Header* slab) {
-    munmap(static_cast<void*>(slab), (slab->bytes + kHugePage - 1) / kHugePage * kHugePage);
-  }
+  static void destroy(Header* slab) { munmap(static_cast<void*>(slab), (slab->bytes + kHugePage - 1) / kHugePage * kHugePage); }
 
   void drop_unused() {
     for (auto& slabs : free) {

@@ -1,5 +1,5 @@
-// Recycled memory: scratch and outputs come from a bounded pool of slabs, because the C allocator gives large blocks back to the
-// kernel at every free and each page is then faulted in anew.
+// Recycled memory: scratch and outputs come from a bounded pool of slabs, because the C allocator gives large blocks back to
+// the kernel at every free and each page is then faulted in anew.
 #pragma once
 
 #include <stddef.h>

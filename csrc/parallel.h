@@ -1,5 +1,5 @@
-// run(): the one place that knows threads. It borrows torch's own pool through a C function pointer, so there is no second OpenMP
-// runtime and torch.set_num_threads is honoured by itself.
+// run(): the one place that knows threads. It borrows torch's own pool through a C function pointer, so there is no second
+// OpenMP runtime and torch.set_num_threads is honoured by itself.
 #pragma once
 
 #include <stdint.h>

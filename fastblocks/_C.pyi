@@ -1,4 +1,4 @@
-"""The compiled extension. Tensors go in as addresses (``data_ptr()``) and sizes in elements; outputs come as DLPack capsules."""
+"""The compiled extension: addresses (``data_ptr()``) and sizes in elements go in, DLPack capsules come out."""
 
 from typing import Any
 

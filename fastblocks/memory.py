@@ -9,8 +9,8 @@ def memory_stats() -> dict[str, int]:
     """Bytes of recycled memory in use and kept for the next call; empty without the native kernels.
 
     Returns:
-        ``active_bytes``, ``peak_active_bytes``, ``cached_bytes``, ``limit_bytes`` (of what is kept unused), and how often
-        memory was found in the pool (``hits``) or had to be asked of the system (``misses``).
+        ``active_bytes``, ``peak_active_bytes``, ``cached_bytes``, ``limit_bytes`` (of what is kept unused), and how
+        often memory was found in the pool (``hits``) or had to be asked of the system (``misses``).
 
     Example:
         >>> import fastblocks

@@ -1,4 +1,4 @@
-"""Threads and processes: forked children, several Python threads at once, and what the extension brings into a process."""
+"""Forked children, several Python threads at once, and what the extension brings into a process."""
 
 from __future__ import annotations
 
@@ -136,5 +136,7 @@ def test_isa_of_the_environment_is_taken():
     for level in native.isa_levels():
         code = "import fastblocks; print(fastblocks.backend_info()['isa'])"
         environment = {**os.environ, "FASTBLOCKS_ISA": level}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
+        )
         assert done.stdout.strip() == level

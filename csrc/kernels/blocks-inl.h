@@ -5,7 +5,8 @@
 // the projection to be an efficient matrix product and small enough for L2. Two cuts into items:
 //   bands   large maps, or enough images: an item is a band of output rows, from expansion to projection. Bands of one image
 //           expand the rows at their seam twice.
-//   slices  small maps, few images: weights dominate, so an item is one panel of expanded channels over the whole map (no panel needs
+//   slices  small maps, few images: weights dominate, so an item is one panel of expanded channels over the whole map (no panel
+//   needs
 //           another), and a second phase projects, cut over pixels and output channels.
 #pragma once
 
@@ -55,13 +56,14 @@ FASTBLOCKS_INLINE BlockScratch block_scratch(const InvertedResidualParams& p, ch
   return s;
 }
 
-// Expands input rows [iy_begin, iy_end) of one panel into its ring, whose rows have padding between them. Wide rows are a product
-// each; narrow ones go together, with a table of destinations, so that tiles cross from row to row.
+// Expands input rows [iy_begin, iy_end) of one panel into its ring, whose rows have padding between them. Wide rows are a
+// product each; narrow ones go together, with a table of destinations, so that tiles cross from row to row.
 inline void block_expand(const InvertedResidualParams& p, const BlockShared& shared, const BlockScratch& s, int64_t image,
                          int64_t panel, float* ring, int64_t iy_begin, int64_t iy_end) {
   const Panels panels(p.hidden_channels);
   const int64_t lanes = panels.width(panel) * kLanes, rows = ring_rows(p), row_pixels = p.width + 2 * p.padding;
-  const Epilogue e = {folded_product(p.expand_weight, p.hidden_channels, p.fold_expand, shared.expand), p.clamp, nullptr, 0, true};
+  const Epilogue e = {folded_product(p.expand_weight, p.hidden_channels, p.fold_expand, shared.expand), p.clamp, nullptr, 0,
+                      true};
   const bool narrow = p.width < 8 * max_tile_pixels(kPanelVectors);
   ring -= panels.first_channel(panel);
   int64_t* offset = s.ring_offsets;
@@ -79,8 +81,8 @@ inline void block_expand(const InvertedResidualParams& p, const BlockShared& sha
   }
 }
 
-// Depthwise rows [oy_begin, oy_end) of `lanes` channels from `channel` on, into hidden (whose row oy_begin stands first). ring is null
-// where there is no expansion: the input is read in place.
+// Depthwise rows [oy_begin, oy_end) of `lanes` channels from `channel` on, into hidden (whose row oy_begin stands first). ring
+// is null where there is no expansion: the input is read in place.
 inline void block_depthwise(const InvertedResidualParams& p, const BlockShared& shared, const BlockScratch& s,
                             DepthwiseRowFunction row_function, int64_t image, int64_t channel, int64_t lanes, const float* ring,
                             int64_t oy_begin, int64_t oy_end, float* hidden) {
@@ -91,8 +93,8 @@ inline void block_depthwise(const InvertedResidualParams& p, const BlockShared& 
     kernel_row_range(oy, p.stride, p.padding, 1, p.kernel, p.height, &r.row_begin, &r.row_end);
     for (int64_t ky = r.row_begin; ky < r.row_end; ++ky) {
       const int64_t iy = oy * p.stride - p.padding + ky;
-      s.input_rows[ky] = ring ? ring + iy % rows * row_pixels * lanes
-                              : p.x.data + image * p.x.image_stride + iy * p.x.row_stride + channel;
+      s.input_rows[ky] =
+          ring ? ring + iy % rows * row_pixels * lanes : p.x.data + image * p.x.image_stride + iy * p.x.row_stride + channel;
     }
     r.rows = s.input_rows;
     r.width = ring ? row_pixels : p.width, r.pixel_stride = ring ? lanes : p.x.pixel_stride;
@@ -133,8 +135,8 @@ FASTBLOCKS_INLINE void input_rows(const InvertedResidualParams& p, int64_t oy_be
   *end = larger(*begin, smaller(p.height, (oy_end - 1) * p.stride - p.padding + p.kernel));
 }
 
-// Output rows [oy_begin, oy_end) of one panel of expanded channels, into hidden: a few rows are expanded, then read at once. Input rows
-// below `expanded` are in the ring already.
+// Output rows [oy_begin, oy_end) of one panel of expanded channels, into hidden: a few rows are expanded, then read at once.
+// Input rows below `expanded` are in the ring already.
 inline void block_slice(const InvertedResidualParams& p, const BlockShared& shared, const BlockScratch& s,
                         DepthwiseRowFunction row_function, int64_t image, int64_t panel, float* ring, int64_t oy_begin,
                         int64_t oy_end, int64_t expanded, float* hidden) {
@@ -264,8 +266,7 @@ inline void block_begin(void* params) {
   InvertedResidualParams& p = *static_cast<InvertedResidualParams*>(params);
   int64_t floats;
   const BlockShared s = block_shared(p, &floats);
-  if (p.expand_weight)
-    fold_product(p.expand_norm, p.expand_weight, p.hidden_channels, p.in_channels, p.fold_expand, s.expand);
+  if (p.expand_weight) fold_product(p.expand_norm, p.expand_weight, p.hidden_channels, p.in_channels, p.fold_expand, s.expand);
   fold_depthwise(p.depthwise_norm, p.depthwise_weight, p.hidden_channels, p.kernel * p.kernel, s.depthwise);
   fold_product(p.project_norm, p.project_weight, p.out_channels, p.hidden_channels, p.fold_project, s.project);
 }

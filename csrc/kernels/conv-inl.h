@@ -1,9 +1,9 @@
 // Dense k x k convolution + BatchNorm + activation, meant for a network's stem (3 input channels) and right for any count.
 //
-// Input rows are copied, with their side padding, into a ring of kernel-height rows that stays in L1; the convolution of an output
-// row is then a matrix product whose left operand is read from the ring in runs: a kernel row of an NHWC image is one run of
-// kernel_width * channels values. An NCHW image is read as it is, in runs of kernel_width values a channel and kernel row. (Laying
-// the windows out first, for a product in one run, took a fifth longer.)
+// Input rows are copied, with their side padding, into a ring of kernel-height rows that stays in L1; the convolution of an
+// output row is then a matrix product whose left operand is read from the ring in runs: a kernel row of an NHWC image is one
+// run of kernel_width * channels values. An NCHW image is read as it is, in runs of kernel_width values a channel and kernel
+// row. (Laying the windows out first, for a product in one run, took a fifth longer.)
 #pragma once
 
 #include "depthwise-inl.h"

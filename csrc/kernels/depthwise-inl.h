@@ -1,7 +1,7 @@
 // Depthwise k x k convolution + BatchNorm + activation.
 //
-// Interior pixels go in strips of 7 outputs (every map of the networks is a multiple of 7 wide): the k taps of a kernel row stay
-// in registers, each input vector is loaded once a kernel row and used for all the outputs it reaches. Rows beyond the map
+// Interior pixels go in strips of 7 outputs (every map of the networks is a multiple of 7 wide): the k taps of a kernel row
+// stay in registers, each input vector is loaded once a kernel row and used for all the outputs it reaches. Rows beyond the map
 // are left out by the range of kernel rows, columns beyond it by the range of taps: no padded copy, no multiplication by zero.
 #pragma once
 
@@ -51,8 +51,8 @@ struct Width {
   static constexpr int value = T;
 };
 
-// T outputs of one vector of channels. PX is the input's pixel stride where it is known (0: read it from r); kWhole: all kernel rows
-// lie inside the map, so that their loop can be unrolled.
+// T outputs of one vector of channels. PX is the input's pixel stride where it is known (0: read it from r); kWhole: all kernel
+// rows lie inside the map, so that their loop can be unrolled.
 template <int K, int S, int T, int PX, bool kPartial, bool kWhole>
 FASTBLOCKS_INLINE void depthwise_strip(const DepthwiseRow& r, const float* const (&rows)[K], int64_t in_offset, float* out,
                                        int64_t channel, int lanes) {
@@ -115,8 +115,7 @@ FASTBLOCKS_INLINE void depthwise_strip_channels(const DepthwiseRow& r, const flo
   const int64_t in_offset = (column * S - r.padding) * (PX ? PX : r.pixel_stride);
   float* out = r.out + column * r.out_stride;
   int64_t c = 0;
-  for (; c + kLanes <= r.channels; c += kLanes)
-    depthwise_strip<K, S, T, PX, false, kWhole>(r, rows, in_offset, out, c, kLanes);
+  for (; c + kLanes <= r.channels; c += kLanes) depthwise_strip<K, S, T, PX, false, kWhole>(r, rows, in_offset, out, c, kLanes);
   if (c < r.channels) depthwise_strip<K, S, T, PX, true, kWhole>(r, rows, in_offset, out, c, (int)(r.channels - c));
 }
 
@@ -172,7 +171,8 @@ inline void depthwise_row_any(const DepthwiseRow& r) {
   for (int64_t x = 0; x < r.out_width; ++x) depthwise_pixel(r, x);
 }
 
-// The row function of a geometry. `slice`: input and output are one panel wide (scratch of a fused block), all of it whole vectors.
+// The row function of a geometry. `slice`: input and output are one panel wide (scratch of a fused block), all of it whole
+// vectors.
 inline DepthwiseRowFunction depthwise_row_function(int64_t kernel, int64_t stride, int64_t dilation, bool slice) {
   constexpr int kSlice = kPanelVectors * kLanes;
   if (dilation == 1 && stride <= 2 && stride >= 1) {
@@ -204,8 +204,8 @@ inline void pack_depthwise(const float* w, int64_t channels, int64_t kernel_heig
     }
 }
 
-// The BatchNorm folded into a depthwise convolution: shift[padded], then the taps multiplied by the scale, then the scale itself. There
-// are a dozen values a channel, and an epilogue without multiplication pays for them at the second pixel.
+// The BatchNorm folded into a depthwise convolution: shift[padded], then the taps multiplied by the scale, then the scale
+// itself. There are a dozen values a channel, and an epilogue without multiplication pays for them at the second pixel.
 FASTBLOCKS_INLINE int64_t folded_depthwise_floats(int64_t channels, int64_t taps) {
   return round_up(channels, kLanes) * (taps + 2);
 }
@@ -245,8 +245,8 @@ inline void depthwise_run(const void* params, int64_t begin, int64_t end, char* 
       DepthwiseRow r;
       kernel_row_range(oy, p.stride[0], p.padding[0], p.dilation[0], p.kernel[0], p.height, &r.row_begin, &r.row_end);
       for (int64_t ky = r.row_begin; ky < r.row_end; ++ky)
-        rows[ky] = p.x.data + image * p.x.image_stride +
-                   (oy * p.stride[0] - p.padding[0] + ky * p.dilation[0]) * p.x.row_stride;
+        rows[ky] =
+            p.x.data + image * p.x.image_stride + (oy * p.stride[0] - p.padding[0] + ky * p.dilation[0]) * p.x.row_stride;
       r.rows = rows;
       r.width = p.width, r.pixel_stride = p.x.pixel_stride;
       r.out_width = p.out_width, r.out_stride = p.out.pixel_stride;

@@ -5,8 +5,8 @@
 // accumulators: two FMA pipes of latency 4 need at least 8 independent ones, and a step of k loads 8 or fewer operands for
 // 12 FMAs. Pixels are split evenly over tiles (49 = 4 x 6 + 5 x 5), so that no tile is a short remainder.
 //
-// A panel that outgrows L1 is streamed from L2 by every tile. Cutting the depth instead, with partial sums in a buffer, was slower at
-// every depth of the networks (384, 576, 960: by 6 to 8 %).
+// A panel that outgrows L1 is streamed from L2 by every tile. Cutting the depth instead, with partial sums in a buffer, was
+// slower at every depth of the networks (384, 576, 960: by 6 to 8 %).
 #pragma once
 
 #include "batch_norm-inl.h"
@@ -70,7 +70,8 @@ FASTBLOCKS_INLINE FoldedProduct folded_product(const float* packed, int64_t chan
   return {fold ? nullptr : memory + padded, memory, fold ? memory + 2 * padded : packed};
 }
 
-inline void fold_product(const BatchNorm& norm, const float* packed, int64_t channels, int64_t depth, bool fold, float* memory) {
+inline void fold_product(const BatchNorm& norm, const float* packed, int64_t channels, int64_t depth, bool fold,
+                         float* memory) {
   const Panels panels(channels);
   float* scale = memory + panels.padded();
   fold_batch_norm(norm, channels, panels.padded(), scale, memory);
@@ -110,8 +111,8 @@ struct Destination {
   const int64_t* offsets;  // null: in a straight line
 };
 
-// The packed weights that follow those in use: each tile fetches a part of them, so that a panel is near when its turn comes. A small
-// map's weights come from L3 and are used by few tiles.
+// The packed weights that follow those in use: each tile fetches a part of them, so that a panel is near when its turn comes. A
+// small map's weights come from L3 and are used by few tiles.
 struct Ahead {
   const float* next;  // null: nothing to fetch
   int64_t floats;     // a tile
@@ -143,8 +144,8 @@ struct TileRun {
   Ahead ahead;
 };
 
-// What tells the variants of a tile apart: the plain cases, and one that asks at run time. Between two tiles of a plain variant stand a
-// dozen instructions; asking makes them a hundred, a quarter of the time of a 16-deep sum.
+// What tells the variants of a tile apart: the plain cases, and one that asks at run time. Between two tiles of a plain variant
+// stand a dozen instructions; asking makes them a hundred, a quarter of the time of a 16-deep sum.
 enum class Finish { kFolded, kFoldedRuns, kScaled, kResidual, kAny };
 constexpr int kFinishes = 5;
 
@@ -153,8 +154,8 @@ struct Number {
   static constexpr int value = N;
 };
 
-// One step of the depth for M pixels. One pointer serves three pixels through [base + stride] and [base + 2 * stride]: pointers to
-// 14 pixels would not fit the integer registers.
+// One step of the depth for M pixels. One pointer serves three pixels through [base + stride] and [base + 2 * stride]: pointers
+// to 14 pixels would not fit the integer registers.
 template <int M, int V>
 FASTBLOCKS_INLINE void tile_step(Vec (&sum)[M][V], const float* const (&a)[(M + 2) / 3], int64_t a_stride, int64_t k,
                                  const float* w) {
@@ -169,8 +170,8 @@ FASTBLOCKS_INLINE void tile_step(Vec (&sum)[M][V], const float* const (&a)[(M + 
   }
 }
 
-// One run, eight steps at a time and the rest by 4, 2 and 1: a loop of single steps would end in a branch that is predicted wrongly at
-// every tile. Returns where the next run's weights begin.
+// One run, eight steps at a time and the rest by 4, 2 and 1: a loop of single steps would end in a branch that is predicted
+// wrongly at every tile. Returns where the next run's weights begin.
 template <int M, int V>
 FASTBLOCKS_INLINE const float* tile_sum(Vec (&sum)[M][V], const float* first, int64_t a_stride, const float* w,
                                         int64_t run_length) {
@@ -272,9 +273,13 @@ struct TileFunctions {
 template <int V>
 struct Tiles;
 
-#define FASTBLOCKS_TILE(V, M)                                                                                     \
-  {{tile_run<M, V, Finish::kFolded>, tile_run<M, V, Finish::kFoldedRuns>, tile_run<M, V, Finish::kScaled>, \
-    tile_run<M, V, Finish::kResidual>, tile_run<M, V, Finish::kAny>}}
+#define FASTBLOCKS_TILE(V, M)                                                                                \
+  {                                                                                                          \
+    {                                                                                                        \
+      tile_run<M, V, Finish::kFolded>, tile_run<M, V, Finish::kFoldedRuns>, tile_run<M, V, Finish::kScaled>, \
+          tile_run<M, V, Finish::kResidual>, tile_run<M, V, Finish::kAny>                                    \
+    }                                                                                                        \
+  }
 #define FASTBLOCKS_TILES_4(V, M) \
   FASTBLOCKS_TILE(V, M + 1), FASTBLOCKS_TILE(V, M + 2), FASTBLOCKS_TILE(V, M + 3), FASTBLOCKS_TILE(V, M + 4)
 template <>
@@ -283,19 +288,17 @@ struct Tiles<1> {
 };
 template <>
 struct Tiles<2> {
-  static constexpr TileFunctions table[] = {
-    FASTBLOCKS_TILES_4(2, 0), FASTBLOCKS_TILE(2, 5), FASTBLOCKS_TILE(2, 6),
+  static constexpr TileFunctions table[] = {FASTBLOCKS_TILES_4(2, 0), FASTBLOCKS_TILE(2, 5), FASTBLOCKS_TILE(2, 6),
 #if FASTBLOCKS_VECTOR_BYTES == 64
-    FASTBLOCKS_TILES_4(2, 6), FASTBLOCKS_TILES_4(2, 10)
+                                            FASTBLOCKS_TILES_4(2, 6), FASTBLOCKS_TILES_4(2, 10)
 #endif
   };
 };
 template <>
 struct Tiles<3> {
-  static constexpr TileFunctions table[] = {
-    FASTBLOCKS_TILES_4(3, 0),
+  static constexpr TileFunctions table[] = {FASTBLOCKS_TILES_4(3, 0),
 #if FASTBLOCKS_VECTOR_BYTES == 64
-    FASTBLOCKS_TILES_4(3, 4), FASTBLOCKS_TILE(3, 9)
+                                            FASTBLOCKS_TILES_4(3, 4), FASTBLOCKS_TILE(3, 9)
 #endif
   };
 };

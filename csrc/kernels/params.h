@@ -96,7 +96,7 @@ struct ConvParams {
 struct InvertedResidualParams {
   int64_t images, height, width, in_channels, hidden_channels, out_channels, out_height, out_width;
   int64_t kernel, stride, padding;
-  Image x;  // row_stride = width * pixel_stride
+  Image x;                     // row_stride = width * pixel_stride
   const float* expand_weight;  // null: no expansion, hidden_channels = in_channels
   const float* depthwise_weight;
   const float* project_weight;

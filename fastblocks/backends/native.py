@@ -1,8 +1,8 @@
 """The native tier: float32 tensors on the CPU, through the compiled kernels.
 
-Arguments were checked in ``fastblocks.functional``. Here the tensors are brought into the layout that the kernels read (NHWC with a
-pixel stride; a channels_last tensor and its channel slices are that already), the packed weights are looked up, and the output is
-given the memory format that torch's own convolution would have given it.
+Arguments were checked in ``fastblocks.functional``. Here the tensors are brought into the layout that the kernels read
+(NHWC with a pixel stride; a channels_last tensor and its channel slices are that already), the packed weights are
+looked up, and the output is given the memory format that torch's own convolution would have given it.
 """
 
 from __future__ import annotations
@@ -127,8 +127,9 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def _in_format(out: Tensor, input: Tensor, *weights: Tensor) -> Tensor:
-    """Give the output the memory format of torch's convolution: channels_last if the input or a weight on the way is."""
-    if input.stride()[1] == 1 and input.shape[1] > 1:
+    """Give the output the memory format of torch's convolution: channels_last if the input or a weight is."""
+    _, c, h, w = input.shape
+    if c > 1 and w > 1 and h > 1 and input.stride() == (h * w * c, 1, w * c, c):
         return out
     if suggests_channels_last(input) or any(suggests_channels_last(weight) for weight in weights):
         return out

@@ -1,8 +1,9 @@
 """Packed weights: one slot a weight tensor, in a weak-keyed table.
 
-A pack depends on the weight alone (BatchNorm is folded per call), so training and evaluation share it and running statistics cannot
-make one stale. A slot is good while the tensor's address and version are those it was made from; it holds the storage, so that
-the address cannot be given to another tensor meanwhile. Edits through ``.data`` and numpy change no version: ``refresh`` forgets.
+A pack depends on the weight alone (BatchNorm is folded per call), so training and evaluation share it and running
+statistics cannot make one stale. A slot is good while the tensor's address and version are those it was made from; it
+holds the storage, so that the address cannot be given to another tensor meanwhile. Edits through ``.data`` and numpy
+change no version: ``refresh`` forgets.
 """
 
 from __future__ import annotations
