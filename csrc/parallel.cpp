@@ -26,26 +26,19 @@ void relax() {
 #endif
 }
 
-// Counters that different workers write stand in cache lines of their own.
-struct alignas(64) Counter {
-  std::atomic<int64_t> value{0};
-};
-
-// Each worker begins with its own share of a phase's items, the same part of a map in every layer: what it wrote is still in
-// its own caches. Only then it helps with the others' shares. Beyond this many workers, several have one share.
-constexpr int kMaxShares = 16;
-
-struct Progress {
-  Counter next[kMaxShares];  // items taken of each share
-  Counter done;
+// The counters of one phase stand alone in their cache lines.
+struct alignas(128) Progress {
+  std::atomic<int64_t> next{0};
+  alignas(64) std::atomic<int64_t> done{0};
 };
 
 struct Run {
   const Phase* phases;
   int count;
-  int shares;
+  int workers;
   char* scratch;
   size_t worker_bytes;
+  std::atomic<int> arrived{0};
   Progress progress[kMaxPhases];
 };
 
@@ -61,27 +54,23 @@ void wait_until_done(const std::atomic<int64_t>& done, int64_t items) {
   }
 }
 
-void take_items(const Phase& phase, Progress& progress, int shares, int first_share, char* scratch) {
-  for (int i = 0; i < shares; ++i) {
-    const int share = (first_share + i) % shares;
-    const int64_t begin = share * phase.items / shares, end = (share + 1) * phase.items / shares;
-    for (;;) {
-      const int64_t item = begin + progress.next[share].value.fetch_add(1, std::memory_order_relaxed);
-      if (item >= end) break;
-      phase.run(phase.params, item, item + 1, scratch);
-      progress.done.value.fetch_add(1, std::memory_order_release);
-    }
-  }
-}
-
-// One worker; the pool runs worker `begin` on the same thread each time. It never waits for a worker that has not started, only
-// for items that somebody has begun: it cannot deadlock however few callbacks the pool really runs.
-void work(int64_t begin, int64_t, void* context) noexcept {
+// One worker. It never waits for a worker that has not started, only for items that somebody has begun: it cannot deadlock
+// however few callbacks the pool really runs.
+void work(int64_t, int64_t, void* context) noexcept {
   Run& r = *static_cast<Run*>(context);
-  char* scratch = r.scratch + begin * r.worker_bytes;
+  const int slot = r.arrived.fetch_add(1, std::memory_order_relaxed);
+  if (slot >= r.workers) return;
+  char* scratch = r.scratch + slot * r.worker_bytes;
   for (int i = 0; i < r.count; ++i) {
-    take_items(r.phases[i], r.progress[i], r.shares, (int)(begin % r.shares), scratch);
-    if (i + 1 < r.count) wait_until_done(r.progress[i].done.value, r.phases[i].items);
+    const Phase& phase = r.phases[i];
+    Progress& progress = r.progress[i];
+    for (;;) {
+      const int64_t item = progress.next.fetch_add(1, std::memory_order_relaxed);
+      if (item >= phase.items) break;
+      phase.run(phase.params, item, item + 1, scratch);
+      progress.done.fetch_add(1, std::memory_order_release);
+    }
+    if (i + 1 < r.count) wait_until_done(progress.done, phase.items);
   }
 }
 
@@ -110,7 +99,7 @@ bool run(const Phase* phases, int count, size_t worker_bytes, int workers) {
   Run r;
   r.phases = phases;
   r.count = count;
-  r.shares = workers < kMaxShares ? workers : kMaxShares;
+  r.workers = workers;
   r.worker_bytes = (worker_bytes + 127) / 64 * 64;
   r.scratch = static_cast<char*>(acquire_slab(r.worker_bytes * workers));
   if (!r.scratch) return false;
