@@ -94,6 +94,7 @@ const float* address(py::handle tensor) {
 
 // conv = (weight, bias, running_mean, running_var, bn_weight, bn_bias)
 BatchNorm batch_norm(const py::sequence& conv, double eps) {
+  require(PyList_Check(conv.ptr()) || PyTuple_Check(conv.ptr()), "fastblocks._C: a convolution is a list or tuple");
   require(py::len(conv) == 6, "fastblocks._C: a convolution is six tensors");
   PyObject** items = PySequence_Fast_ITEMS(conv.ptr());
   BatchNorm n;
@@ -126,7 +127,7 @@ struct Output {
   }
 };
 
-// An NHWC tensor seen as (n, c, h, w), or a matrix (n, c) where h is negative.
+// An NHWC tensor, seen as (n, c, h, w).
 struct Allocation {
   std::unique_ptr<Output> output{new Output};
 
@@ -205,7 +206,7 @@ py::object pointwise(uintptr_t x, int64_t n, int64_t c, int64_t h, int64_t w, in
   p.norm = batch_norm(conv, eps), p.clamp = clamp(activation);
   p.residual = reinterpret_cast<const float*>(residual), p.residual_stride = residual_stride;
   p.out = out.data(), p.out_stride = pack.out_channels;
-  if (p.pixels > 0) run_op(kernels().pointwise, p, &PointwiseParams::shared);
+  if (p.pixels > 0 && p.out_channels > 0) run_op(kernels().pointwise, p, &PointwiseParams::shared);
   return out.capsule();
 }
 
@@ -219,7 +220,7 @@ py::object linear(uintptr_t x, int64_t rows, int64_t c, int64_t row_stride, cons
   p.packed_weight = pack.read(Pack::kConv, pack.out_channels, c, 1, 1);
   p.norm.conv_bias = address(bias), p.clamp = clamp(0);
   p.out = out.data(), p.out_stride = pack.out_channels;
-  if (rows > 0) run_op(kernels().pointwise, p, &PointwiseParams::shared);
+  if (rows > 0 && pack.out_channels > 0) run_op(kernels().pointwise, p, &PointwiseParams::shared);
   return out.capsule();
 }
 
@@ -260,7 +261,7 @@ py::object conv(uintptr_t x, int64_t n, int64_t c, int64_t h, int64_t w, int64_t
   p.packed_weight = pack.read(planar ? Pack::kConvPlanar : Pack::kConv, pack.out_channels, c, pack.kernel[0], pack.kernel[1]);
   p.norm = batch_norm(tensors, eps), p.clamp = clamp(activation);
   p.out = out.image();
-  if (n > 0) run_op(kernels().conv, p, &ConvParams::shared);
+  if (n > 0 && p.out_channels > 0) run_op(kernels().conv, p, &ConvParams::shared);
   return out.capsule();
 }
 
@@ -289,7 +290,8 @@ py::object inverted_residual(uintptr_t x, int64_t n, int64_t c, int64_t h, int64
   p.clamp = clamp(activation);
   p.residual = residual;
   p.out = out.image();
-  if (n > 0) run_op(kernels().inverted_residual, p, &InvertedResidualParams::shared);
+  if (n > 0 && p.hidden_channels > 0 && p.out_channels > 0)
+    run_op(kernels().inverted_residual, p, &InvertedResidualParams::shared);
   return out.capsule();
 }
 
@@ -351,13 +353,6 @@ PYBIND11_MODULE(_C, m) {
       if (name == level_name(i)) return use_level(i);
     return false;
   });
-  m.def("level_index", [](const std::string& name) {
-    for (int i = 0; i < kLevels; ++i)
-      if (name == level_name(i)) return i;
-    return -1;
-  });
   m.def("memory_stats", &stats);
-  m.def("reset_peak_memory_stats", &reset_peak_memory_stats);
   m.def("empty_cache", &empty_cache, py::call_guard<py::gil_scoped_release>());
-  m.def("set_memory_limit", &set_memory_limit);
 }

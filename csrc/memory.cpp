@@ -17,6 +17,9 @@ constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kChunk = 8 * kHugePage;
 constexpr size_t kLargestCarved = kHugePage;
 
+// Unused slabs of their own mapping are kept up to this sum; carved ones stay with their chunk.
+constexpr int64_t kLimit = int64_t(512) << 20;
+
 struct Chunk {
   char* memory;
   size_t used;  // bytes carved so far
@@ -71,7 +74,7 @@ struct Pool {
   MemoryStats stats{};
 
   Pool() {
-    stats.limit_bytes = int64_t(512) << 20;
+    stats.limit_bytes = kLimit;
     // A child forked while another thread holds the lock must find it open.
     pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
   }
@@ -174,20 +177,9 @@ MemoryStats memory_stats() {
   return pool().stats;
 }
 
-void reset_peak_memory_stats() {
-  const std::lock_guard<std::mutex> lock(pool().mutex);
-  pool().stats.peak_active_bytes = pool().stats.active_bytes;
-}
-
 void empty_cache() {
   const std::lock_guard<std::mutex> lock(pool().mutex);
   pool().drop_unused();
-}
-
-void set_memory_limit(int64_t bytes) {
-  const std::lock_guard<std::mutex> lock(pool().mutex);
-  pool().stats.limit_bytes = bytes;
-  if (pool().stats.cached_bytes > bytes) pool().drop_unused();
 }
 
 }  // namespace fastblocks

@@ -16,10 +16,7 @@ struct MemoryStats {
 };
 
 MemoryStats memory_stats();
-void reset_peak_memory_stats();
 // Gives back to the system what nobody uses (of the small slabs, the chunks of which none is in use).
 void empty_cache();
-// How much unused memory the pool keeps at the most.
-void set_memory_limit(int64_t bytes);
 
 }  // namespace fastblocks

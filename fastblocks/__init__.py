@@ -2,8 +2,8 @@
 
 from fastblocks import backends, functional, layers, models
 from fastblocks.backends import backend_info, current_backend, refresh, use_backend
+from fastblocks.backends.memory import empty_cache, memory_stats
 from fastblocks.layers import ConvBNAct, DepthwiseConvBNAct, InvertedResidual, PointwiseConvBNAct
-from fastblocks.memory import empty_cache, memory_stats
 
 __version__ = "0.1.0"
 

@@ -260,6 +260,8 @@ def test_empty_batches(tier: str) -> None:
         assert F.inverted_residual(x, record(16, 8), record(16, 1, 3), record(8, 16), residual=True).shape == x.shape
         assert F.global_avg_pool(x).shape == (0, 8, 1, 1)
     assert F.linear(torch.empty(0, 8), torch.ones(3, 8)).shape == (0, 3)
+    assert F.linear(torch.ones(2, 8), torch.empty(0, 8)).shape == (2, 0)
+    assert torch.equal(F.linear(torch.empty(2, 0), torch.empty(3, 0), torch.ones(3)), torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

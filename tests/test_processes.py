@@ -67,7 +67,7 @@ def test_eight_threads_at_once_give_equal_outputs():
     assert all(output is not None and torch.equal(output, expected) for output in outputs)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [2, 3])
 def test_result_is_the_same_at_any_thread_count(threads: int):
     layer = InvertedResidual(16, 16, stride=1, expand_ratio=6).eval()
     x = torch.randn(2, 16, 33, 30).to(memory_format=torch.channels_last)
@@ -114,15 +114,23 @@ def test_memory_is_recycled():
         after = fastblocks.memory_stats()
     assert after["misses"] == before["misses"]
     assert after["active_bytes"] == before["active_bytes"]
+
+
+def test_empty_cache_gives_large_slabs_back():
+    x = torch.randn(1, 8, 512, 512)  # an output of 8 MiB
+    with torch.no_grad():
+        InvertedResidual(8, 8).eval()(x)
+    before = fastblocks.memory_stats()["cached_bytes"]
+    assert before >= 8 << 20
     fastblocks.empty_cache()
-    assert fastblocks.memory_stats()["cached_bytes"] <= after["cached_bytes"]
+    assert fastblocks.memory_stats()["cached_bytes"] <= before - (8 << 20)
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 def test_no_weak_symbol_outside_its_level():
     libraries = sorted(Path(__file__).parents[1].glob("build/temp*/libfastblocks_*.a"))
     if not libraries:
-        pytest.skip("the build directory is elsewhere: no static libraries to look at")
+        pytest.skip("no static libraries: an editable install removes them, `python setup.py build_clib` leaves them")
     for library in libraries:
         level = re.sub(r"^libfastblocks_|\.a$", "", library.name)
         listed = subprocess.run(["nm", "-C", str(library)], capture_output=True, text=True, check=True).stdout

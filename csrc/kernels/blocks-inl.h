@@ -5,9 +5,8 @@
 // the projection to be an efficient matrix product and small enough for L2. Two cuts into items:
 //   bands   large maps, or enough images: an item is a band of output rows, from expansion to projection. Bands of one image
 //           expand the rows at their seam twice.
-//   slices  small maps, few images: weights dominate, so an item is one panel of expanded channels over the whole map (no panel
-//   needs
-//           another), and a second phase projects, cut over pixels and output channels.
+//   slices  small maps, few images: weights dominate, so an item is one panel of expanded channels over the whole map (none
+//           needs another), and a second phase projects, cut over pixels and output channels.
 #pragma once
 
 #include "depthwise-inl.h"

@@ -46,11 +46,6 @@ FASTBLOCKS_INLINE void depthwise_taps(Vec (&sum)[T], const float* x, int64_t px,
   }
 }
 
-template <int T>
-struct Width {
-  static constexpr int value = T;
-};
-
 // T outputs of one vector of channels. PX is the input's pixel stride where it is known (0: read it from r); kWhole: all kernel
 // rows lie inside the map, so that their loop can be unrolled.
 template <int K, int S, int T, int PX, bool kPartial, bool kWhole>
@@ -110,22 +105,23 @@ inline void depthwise_pixel(const DepthwiseRow& r, int64_t column) {
   }
 }
 
-template <int K, int S, int T, int PX, bool kWhole>
+// All channels of a strip, at a pixel stride known only at run time.
+template <int K, int S, int T, bool kWhole>
 FASTBLOCKS_INLINE void depthwise_strip_channels(const DepthwiseRow& r, const float* const (&rows)[K], int64_t column) {
-  const int64_t in_offset = (column * S - r.padding) * (PX ? PX : r.pixel_stride);
+  const int64_t in_offset = (column * S - r.padding) * r.pixel_stride;
   float* out = r.out + column * r.out_stride;
   int64_t c = 0;
-  for (; c + kLanes <= r.channels; c += kLanes) depthwise_strip<K, S, T, PX, false, kWhole>(r, rows, in_offset, out, c, kLanes);
-  if (c < r.channels) depthwise_strip<K, S, T, PX, true, kWhole>(r, rows, in_offset, out, c, (int)(r.channels - c));
+  for (; c + kLanes <= r.channels; c += kLanes) depthwise_strip<K, S, T, 0, false, kWhole>(r, rows, in_offset, out, c, kLanes);
+  if (c < r.channels) depthwise_strip<K, S, T, 0, true, kWhole>(r, rows, in_offset, out, c, (int)(r.channels - c));
 }
 
 // Calls strip(width, column) with the widths 7, 4, 2 and 1 over the columns [x, end).
 template <class Strip>
 FASTBLOCKS_INLINE void for_each_strip(int64_t x, int64_t end, Strip strip) {
-  for (; x + 7 <= end; x += 7) strip(Width<7>(), x);
-  if (x + 4 <= end) strip(Width<4>(), x), x += 4;
-  if (x + 2 <= end) strip(Width<2>(), x), x += 2;
-  if (x < end) strip(Width<1>(), x);
+  for (; x + 7 <= end; x += 7) strip(Number<7>(), x);
+  if (x + 4 <= end) strip(Number<4>(), x), x += 4;
+  if (x + 2 <= end) strip(Number<2>(), x), x += 2;
+  if (x < end) strip(Number<1>(), x);
 }
 
 template <int K, int S, int PX, bool kWhole>
@@ -145,7 +141,7 @@ inline void depthwise_interior(const DepthwiseRow& row, int64_t x, int64_t end) 
       });
   } else {
     for_each_strip(x, end, [&](auto width, int64_t column) __attribute__((always_inline)) {
-      depthwise_strip_channels<K, S, decltype(width)::value, 0, kWhole>(r, rows, column);
+      depthwise_strip_channels<K, S, decltype(width)::value, kWhole>(r, rows, column);
     });
   }
 }

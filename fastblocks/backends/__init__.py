@@ -148,7 +148,7 @@ def refresh(module: torch.nn.Module | None = None) -> None:
     if _native is not None:
         from fastblocks.backends import packs
 
-        packs.refresh(module)
+        packs.forget(module)
 
 
 def _start() -> None:

@@ -3,7 +3,7 @@
 A pack depends on the weight alone (BatchNorm is folded per call), so training and evaluation share it and running
 statistics cannot make one stale. A slot is good while the tensor's address and version are those it was made from; it
 holds the storage, so that the address cannot be given to another tensor meanwhile. Edits through ``.data`` and numpy
-change no version: ``refresh`` forgets.
+change no version: ``fastblocks.refresh`` forgets.
 """
 
 from __future__ import annotations
@@ -17,10 +17,6 @@ from torch import Tensor
 from fastblocks import _C
 
 _slots: dict[int, tuple[Any, ...]] = {}
-
-
-def _version(weight: Tensor) -> int:
-    return -1 if weight.is_inference() else weight._version
 
 
 def _store(weight: Tensor, kind: str, pack: _C.Pack) -> None:
@@ -53,21 +49,8 @@ def get(weight: Tensor, kind: str) -> _C.Pack:
     return pack
 
 
-def refresh(module: torch.nn.Module | None = None) -> None:
-    """Forget the packed weights of a module, or of everything.
-
-    Needed only after a weight was edited in a way that torch does not count as a change: in place through ``.data`` or
-    through a numpy view. Optimizers, ``load_state_dict``, ``copy_`` and the like are noticed without it.
-
-    Args:
-        module: whose parameters to forget; None for all.
-
-    Example:
-        >>> import torch, fastblocks
-        >>> layer = fastblocks.PointwiseConvBNAct(8, 8).eval()
-        >>> _ = layer[0].weight.data.mul_(2)
-        >>> fastblocks.refresh(layer)
-    """
+def forget(module: torch.nn.Module | None = None) -> None:
+    """Drop the packs of a module's parameters, or all."""
     if module is None:
         _slots.clear()
         return
