@@ -82,4 +82,4 @@ except RuntimeError as error:
     done = python(program)
     assert done.returncode == 0, done.stderr
     reason, error = done.stdout.splitlines()
-    assert "could not be loaded" in reason and error == f"backend 'native' is not available: {reason}"
+    assert "were not built" in reason and error == f"backend 'native' is not available: {reason}"

@@ -7,6 +7,7 @@ native tier cannot take (another dtype, another device) goes to the reference, c
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -39,6 +40,8 @@ state = _State()
 
 def _load_native() -> tuple[ModuleType | None, str | None]:
     """The native tier if it works here, else the reason why it does not."""
+    if importlib.util.find_spec("fastblocks._C") is None:
+        return None, "the native kernels were not built: install a C++17 compiler, then install fastblocks again"
     try:
         from fastblocks.backends import native
     except Exception as error:  # a broken extension must not take the package down: the reference still works
