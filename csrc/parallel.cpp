@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <atomic>
+#include <new>
 
 #include "memory.h"
 
@@ -38,8 +39,8 @@ struct Run {
   int workers;
   char* scratch;
   size_t worker_bytes;
+  Progress* progress;
   std::atomic<int> arrived{0};
-  Progress progress[kMaxPhases];
 };
 
 // A wait is short where all workers run; where the machine has fewer free cores than workers the others need this one.
@@ -101,11 +102,15 @@ bool run(const Phase* phases, int count, size_t worker_bytes, int workers) {
   r.count = count;
   r.workers = workers;
   r.worker_bytes = (worker_bytes + 127) / 64 * 64;
-  r.scratch = static_cast<char*>(acquire_slab(r.worker_bytes * workers));
-  if (!r.scratch) return false;
+  const size_t progress_bytes = (count + 1) * sizeof(Progress);
+  char* memory = static_cast<char*>(acquire_slab(progress_bytes + r.worker_bytes * workers));
+  if (!memory) return false;
+  r.progress = reinterpret_cast<Progress*>(((uintptr_t)memory + alignof(Progress) - 1) / alignof(Progress) * alignof(Progress));
+  for (int i = 0; i < count; ++i) new (r.progress + i) Progress;
+  r.scratch = memory + progress_bytes;
   // A pool that refuses (a status other than 0) has left items over: this thread finishes them.
   if (workers == 1 || pool_for.load()(0, workers, 1, work, &r) != 0) work(0, 1, &r);
-  release_slab(r.scratch);
+  release_slab(memory);
   return true;
 }
 

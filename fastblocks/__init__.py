@@ -3,7 +3,7 @@
 from fastblocks import backends, functional, layers, models
 from fastblocks.backends import backend_info, current_backend, refresh, use_backend
 from fastblocks.backends.memory import empty_cache, memory_stats
-from fastblocks.layers import ConvBNAct, DepthwiseConvBNAct, InvertedResidual, PointwiseConvBNAct
+from fastblocks.layers import ConvBNAct, DepthwiseConvBNAct, InvertedResidual, PointwiseConvBNAct, Sequential
 
 __version__ = "0.1.0"
 
@@ -12,6 +12,7 @@ __all__ = [
     "DepthwiseConvBNAct",
     "InvertedResidual",
     "PointwiseConvBNAct",
+    "Sequential",
     "__version__",
     "backend_info",
     "backends",

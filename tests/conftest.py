@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import fastblocks
 from fastblocks import ConvBNAct, InvertedResidual
+from fastblocks.backends import reference, state
 from fastblocks.functional import ConvBN
-from fastblocks.functional.site import Site
 
 
 def _tiers() -> list[Any]:
@@ -192,18 +192,16 @@ def children(layer: Any, x: Tensor) -> Tensor:
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the ops that layers run, as they run."""
     names: list[str] = []
-    call, check_and_call = Site.call, Site.check_and_call
 
-    def quick(self: Site, args: Any, tensors: Any) -> Tensor | None:
-        y = call(self, args, tensors)
-        if y is not None:
-            names.append(self._name)
-        return y
+    def recorded(name: str, function: Any) -> Any:
+        def run(*args: Any) -> Tensor:
+            names.append(name)
+            result: Tensor = function(*args)
+            return result
 
-    def slow(self: Site, args: Any, tensors: Any) -> Tensor:
-        names.append(self._name)
-        return check_and_call(self, args, tensors)
+        return run
 
-    monkeypatch.setattr(Site, "call", quick)
-    monkeypatch.setattr(Site, "check_and_call", slow)
+    for table in (state.table, reference.TABLE):
+        for name, function in list(table.items()):
+            monkeypatch.setitem(table, name, recorded(name, function))
     return names

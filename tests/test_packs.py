@@ -121,17 +121,17 @@ def test_a_freed_weight_whose_address_is_taken_again():
 
 
 def test_a_weight_that_is_gone_keeps_no_pack():
-    from fastblocks.backends import packs
+    from fastblocks.backends import native
 
     gc.collect()
-    before = len(packs._slots)
+    before = native.pack_slots()
     layer = _layer()
     with torch.no_grad():
         layer(torch.randn(1, 8, 6, 6))
-    assert len(packs._slots) == before + 3
+    assert native.pack_slots() == before + 3
     del layer
     gc.collect()
-    assert len(packs._slots) == before
+    assert native.pack_slots() == before
 
 
 def test_weights_of_inference_mode_are_never_stale():
@@ -143,3 +143,22 @@ def test_weights_of_inference_mode_are_never_stale():
             parameter.mul_(1.5)
         expected = layer._run_children(x)
         assert (layer(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_tensors_are_read_and_made_without_the_exchange_api():
+    """A torch without DLPack's exchange API is served through tensors' methods, with the same results."""
+    from fastblocks import _C
+    from fastblocks.backends import native  # noqa: F401  (has set the functions)
+
+    layer, x = _layer(), torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        want = [layer(x), layer(x.to(memory_format=torch.channels_last)), layer(x[:0])]
+        api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+        try:
+            _C.set_tensor_functions(None, torch._C._from_dlpack, torch.channels_last)
+            got = [layer(x), layer(x.to(memory_format=torch.channels_last)), layer(x[:0])]
+        finally:
+            _C.set_tensor_functions(api, torch._C._from_dlpack, torch.channels_last)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()

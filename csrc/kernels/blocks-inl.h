@@ -258,6 +258,7 @@ inline void block_prepare(void* params, int threads, Work* work) {
     work->phases[0] = {block_bands_run, &p, p.images * p.bands};
   }
   work->shared_bytes = floats * sizeof(float);
+  work->shared = &p.shared;
   block_scratch(p, nullptr, &work->worker_bytes);
 }
 

@@ -119,6 +119,7 @@ inline void conv_prepare(void* params, int threads, Work* work) {
   const int64_t depth = p.in_channels * p.kernel[0] * p.kernel[1];
   p.fold = fold_pays(p.images * p.out_height * p.out_width, depth);
   work->shared_bytes = folded_product_floats(p.out_channels, depth, p.fold) * sizeof(float);
+  work->shared = &p.shared;
 }
 
 inline void conv_begin(void* params) {

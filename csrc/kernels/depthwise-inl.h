@@ -263,6 +263,7 @@ inline void depthwise_prepare(void* params, int threads, Work* work) {
   work->phases[0] = {depthwise_run, &p, p.images * p.bands};
   work->worker_bytes = p.kernel[0] * sizeof(float*);
   work->shared_bytes = folded_depthwise_floats(p.channels, p.kernel[0] * p.kernel[1]) * sizeof(float);
+  work->shared = &p.shared;
 }
 
 inline void depthwise_begin(void* params) {

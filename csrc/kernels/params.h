@@ -46,7 +46,8 @@ struct Work {
   Phase phases[kMaxPhases];
   int count;
   size_t worker_bytes;  // scratch of each worker
-  size_t shared_bytes;  // memory that all workers see; its address goes into the params
+  size_t shared_bytes;  // memory that all workers see
+  float** shared;       // where its address goes; null: none is needed
 };
 
 struct PointwiseParams {

@@ -21,17 +21,26 @@ inline void pointwise_run(const void* params, int64_t begin, int64_t end, char*)
   }
 }
 
-// Cuts the product into items: pixel blocks whose operand stays in L2, and panels where there are too few pixels.
+// Cuts the product into items: pixel blocks whose operand stays in L2, and panels where there are too few pixels. Of the panel
+// counts that share the work evenly, the largest that leaves three items a thread.
 inline void cut_product(int64_t pixels, int64_t depth, int64_t panel_count, int threads, int64_t* pixel_block,
                         int64_t* pixel_blocks, int64_t* panel_block, int64_t* panel_blocks) {
   const int64_t cache_floats = 48 * 1024;
-  const int64_t wanted = threads > 1 ? 3 * (int64_t)threads : 1;
   int64_t block = larger(cache_floats / larger(depth, 1), 24);
   block = smaller(block, pixels);
   *pixel_blocks = divide_up(pixels, block);
   *pixel_block = divide_up(pixels, *pixel_blocks);
-  *panel_blocks = smaller(panel_count, divide_up(wanted, *pixel_blocks));
-  *panel_block = divide_up(panel_count, *panel_blocks);
+  *panel_block = panel_count;
+  if (threads > 1) {
+    int64_t least = INT64_MAX;
+    for (int64_t panels = 1; panels <= panel_count; ++panels) {
+      const int64_t items = *pixel_blocks * divide_up(panel_count, panels);
+      const int64_t load = divide_up(items, threads) * panels;
+      if (load > least || (panels > 1 && items < 3 * (int64_t)threads)) continue;
+      least = load;
+      *panel_block = panels;
+    }
+  }
   *panel_blocks = divide_up(panel_count, *panel_block);
 }
 
@@ -45,6 +54,7 @@ inline void pointwise_prepare(void* params, int threads, Work* work) {
   work->worker_bytes = 0;
   p.fold = fold_pays(p.pixels, p.in_channels);
   work->shared_bytes = folded_product_floats(p.out_channels, p.in_channels, p.fold) * sizeof(float);
+  work->shared = &p.shared;
 }
 
 inline void pointwise_begin(void* params) {

@@ -48,6 +48,7 @@ inline void pool_prepare(void* params, int threads, Work* work) {
   work->phases[0] = {pool_run, &p, p.images * p.channel_blocks};
   work->worker_bytes = 0;
   work->shared_bytes = 0;
+  work->shared = nullptr;
 }
 
 }  // namespace FASTBLOCKS_LEVEL

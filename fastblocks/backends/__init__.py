@@ -25,14 +25,18 @@ NAMES = ("native", "reference")
 
 
 class _State:
-    """The current tier. `native` is its table of functions, or None while the reference is current."""
+    """The current tier.
+
+    `table` has its functions, and stays the same object when the tier changes: call sites hold it. `native` is that
+    table, or None while the reference is current.
+    """
 
     __slots__ = ("name", "native", "table")
 
     def __init__(self) -> None:
         self.name = "reference"
         self.native: dict[str, Callable[..., Tensor]] | None = None
-        self.table: dict[str, Callable[..., Tensor]] = reference.TABLE
+        self.table: dict[str, Callable[..., Tensor]] = dict(reference.TABLE)
 
 
 state = _State()
@@ -53,6 +57,10 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
 
 _native, _reason = _load_native()
 
+make_site: Callable[[Any], Any] | None = None if _native is None else _native.make_site
+make_chain: Callable[[Any], Any] | None = None if _native is None else _native.make_chain
+"""Make a call site, or a chain of layers that have one (``functional/site.py``); None without the extension."""
+
 
 def _switch(name: str) -> None:
     if name not in NAMES:
@@ -60,9 +68,11 @@ def _switch(name: str) -> None:
     if name == "native":
         if _native is None:
             raise RuntimeError(f"backend 'native' is not available: {_reason}")
-        state.native = state.table = _native.TABLE
+        state.table.update(_native.TABLE)
+        state.native = state.table
     else:
-        state.native, state.table = None, reference.TABLE
+        state.table.update(reference.TABLE)
+        state.native = None
     state.name = name
 
 
@@ -149,9 +159,7 @@ def refresh(module: torch.nn.Module | None = None) -> None:
         >>> fastblocks.refresh(layer)
     """
     if _native is not None:
-        from fastblocks.backends import packs
-
-        packs.forget(module)
+        _native.forget_packs(module)
 
 
 def _start() -> None:

@@ -1,30 +1,47 @@
 """A place in a program from which one op is called again and again with the same tensors.
 
-Checking the tensors of a block costs more than a small kernel. So a site checks them in full once, remembers what it
-saw (type, dtype, device, layout, shape, strides, requires_grad, and whether torch calls are plain calls here: no
-autocast, transform, mode or trace), and afterwards asks in one comparison whether all of it still holds. Where it does
-not, everything is checked again.
+Checking the modules and tensors of a block costs more than a small kernel. So they are checked in full once; what was
+seen of them then (of the tensors: type, dtype, device, layout, shape, strides, requires_grad; of torch: no autocast,
+transform, mode or trace) is described to the extension, which afterwards compares all of it in one pass. Where it does
+not hold, the site returns None and everything is checked again.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastblocks.backends import state
+from fastblocks.backends import make_chain, make_site, state
 from fastblocks.functional import checks, dispatch
 from fastblocks.functional.autograd import differentiable
 from fastblocks.functional.plain import dispatch_modes, function_modes, nothing_watches, profiling, readable
 
-_grad = torch.is_grad_enabled
+Site = Callable[[Any], Tensor | None]
+"""The op on an input, or None where something is not as it was when the site was made."""
+
+Place = tuple[dict[str, Any], str]
+"""Where a tensor (or None) stands: a dictionary, such as a module's ``_parameters``, and a key."""
+
+
+class Modules(NamedTuple):
+    """What a site remembers of the modules that it takes its tensors from."""
+
+    tables: Sequence[dict[str, Any]] = ()
+    """``_modules`` of the layer and its containers: the same children, of the same types, must stand in them."""
+    states: Sequence[dict[str, Any]] = ()
+    """``__dict__`` of the children, whose number of entries must stay: a patched ``forward`` is one more."""
+    hooks: tuple[Sequence[dict[int, Any]], Sequence[dict[int, Any]]] = ((), ())
+    """The dictionaries in which hooks would appear: of forward, and of backward."""
+    settings: Sequence[tuple[dict[str, Any], str, Any]] = ()
+    """Dictionary, key and the value that must stand there."""
 
 
 def _guards() -> Any:
-    """Dynamo's tensor guards, which make this comparison in C++. They are private to torch: try before use."""
+    """Dynamo's tensor guards, which compare tensors in C++. They are private to torch: try before use."""
     try:
         from torch._C._dynamo import guards
 
@@ -42,12 +59,6 @@ def _guards() -> Any:
 
 
 _TensorGuards = _guards()
-
-
-def _never(*tensors: Any) -> bool:
-    return False
-
-
 _seen = operator.attrgetter("__class__", "dtype", "device", "layout", "requires_grad")
 
 
@@ -78,49 +89,82 @@ def _remember(input: Tensor, tensors: Sequence[Tensor]) -> Callable[..., bool]:
     return same
 
 
-class Site:
-    """Calls of one op from one place.
+def value(constant: Any) -> tuple[str, Any]:
+    """An argument of the op that stays."""
+    return "value", constant
+
+
+def tensor(place: Place) -> tuple[str, Any]:
+    """An argument that is a tensor."""
+    return "tensor", place
+
+
+def record(places: Sequence[Place]) -> tuple[str, Any]:
+    """An argument that is a convolution with its BatchNorm: six tensors."""
+    return "record", places
+
+
+def make(
+    name: str,
+    input: Tensor,
+    arguments: Sequence[tuple[str, Any]],
+    modules: Modules,
+    *,
+    least: tuple[int, int] | None = (1, 1),
+    any_channels: bool = False,
+) -> Site | None:
+    """Remember a call that was just checked; None where it cannot be remembered.
 
     Args:
         name: the op.
+        input: its first argument.
+        arguments: the others, each a `value`, a `tensor` or a `record`.
+        modules: what the tensors' modules look like.
         least: smallest height and width of an input that kernel, padding and dilation allow; None where the input has
             neither.
-        channels: channels that an input must have; None for any, -1 for those of the first.
+        any_channels: whether inputs may have another number of channels than this one.
     """
+    places: list[Place] = []
+    for kind, what in arguments:
+        places += what if kind == "record" else [what] if kind == "tensor" else []
+    tensors = [t for t in (table[key] for table, key in places) if t is not None]
+    every = [input, *tensors]
+    if make_site is None or not nothing_watches() or not readable(every) or len({id(t) for t in every}) < len(every):
+        return None
+    description = (
+        state.table,
+        name,
+        arguments,
+        _remember(input, tensors),
+        (profiling, function_modes, dispatch_modes),
+        torch.is_grad_enabled,
+        differentiable,
+        any(t.requires_grad for t in every),
+        -1 if any_channels else input.shape[1],
+        *((-1, -1) if least is None else least),
+        modules.tables,
+        modules.states,
+        *modules.hooks,
+        modules.settings,
+    )
+    site: Site = make_site(description)
+    return site
 
-    __slots__ = ("_channels", "_known", "_least", "_name")
 
-    def __init__(self, name: str, least: tuple[int, int] | None = (1, 1), channels: int | None = -1) -> None:
-        self._name = name
-        self._least = least
-        self._channels = channels
-        # in one attribute, for threads: is it still so, the input's channels, does any tensor require a gradient
-        self._known: tuple[Callable[..., bool], int | None, bool] = (_never, channels, False)
+def chain(layers: Sequence[dict[str, Any]], modules: Modules) -> Site | None:
+    """Layers that run one after the other, as one site; None where it cannot be.
 
-    def call(self, args: Sequence[Any], tensors: Sequence[Any]) -> Tensor | None:
-        """The op, if its arguments are known to be good; else None.
+    Args:
+        layers: the ``__dict__`` of each layer, where its own site is the entry ``_site``.
+        modules: what the layers and the container look like.
+    """
+    if make_chain is None or state.native is None or not layers or any(layer.get("_site") is None for layer in layers):
+        return None
+    joined: Site = make_chain((modules.tables, modules.states, *modules.hooks, modules.settings, layers))
+    return joined
 
-        `tensors` are all tensors among the arguments, the input first. The other arguments must be those of
-        `check_and_call`.
-        """
-        same, channels, needs_grad = self._known
-        if not same(*tensors) or profiling() or function_modes() or dispatch_modes():
-            return None
-        shape = tensors[0].shape
-        if shape[1] != channels and channels is not None:
-            return None
-        least = self._least
-        if least is not None and (shape[2] < least[0] or shape[3] < least[1]):
-            return None
-        if needs_grad and _grad():
-            return differentiable(self._name, args)
-        return state.table[self._name](*args)
 
-    def check_and_call(self, args: Sequence[Any], tensors: Sequence[Tensor]) -> Tensor:
-        """The op, with all checks. Where they pass they are remembered for `call`."""
-        checks.CHECKS[self._name](*args)
-        input, *others = tensors
-        if nothing_watches() and readable(tensors) and len({id(t) for t in tensors}) == len(tensors):
-            channels = None if self._channels is None else input.shape[1]
-            self._known = (_remember(input, others), channels, any(t.requires_grad for t in tensors))
-        return dispatch.run(self._name, tuple(args), tensors)
+def check_and_call(name: str, args: Sequence[Any], tensors: Sequence[Any]) -> Tensor:
+    """The op, with all checks. `tensors` are all tensors among its arguments, the input first."""
+    checks.CHECKS[name](*args)
+    return dispatch.run(name, tuple(args), tensors)

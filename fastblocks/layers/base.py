@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from fastblocks.functional import checks, dispatch
-from fastblocks.functional.site import Site
-from fastblocks.layers.fuse import Plan, Unit, children_reason, input_reason
+from fastblocks.functional import checks, dispatch, site
+from fastblocks.layers.fuse import Unit, children_reason, input_reason, modules_of
 
 
 class Op(NamedTuple):
@@ -30,7 +29,12 @@ class Fused(nn.Module):
     without the op (`_run_children`).
     """
 
-    _plan: Plan | None = None
+    _site: site.Site | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The site does not watch the layer's own attributes: holding them would keep the layer alive for ever.
+        self.__dict__.pop("_site", None)
+        super().__setattr__(name, value)
 
     def _units(self) -> tuple[Unit, ...] | str:
         """The convolutions of the layer, or why the children are not those that the layer was built with."""
@@ -67,9 +71,9 @@ class Fused(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer on an input ``(N, C, H, W)``."""
         if not is_compiling():
-            plan = self._plan
-            if plan is not None:
-                result = plan(input)
+            call = self._site
+            if call is not None:
+                result = call(input)
                 if result is not None:
                     return result
         return self._forward_checked(input)
@@ -77,6 +81,8 @@ class Fused(nn.Module):
     def _forward_checked(self, x: Any) -> Any:
         fused = self._fused(x)
         if isinstance(fused, str):
+            if not is_compiling():
+                self.__dict__["_site"] = None
             self._refuse(x)
             return self._run_children(x)
         units, op = fused
@@ -86,13 +92,15 @@ class Fused(nn.Module):
         if is_compiling():
             checks.CHECKS[op.name](*args)
             return dispatch.run(op.name, args, tensors)
-        self.__dict__.pop("_plan", None)
-        site = Site(op.name, op.least)
-        result = site.check_and_call(args, tensors)
-        if Plan.keeps(units):
-            tables = (self._modules, *(module._modules for _, module in self._containers()))
-            containers = tuple(module for _, module in self._containers())
-            self.__dict__["_plan"] = Plan(units, tables, containers, site, op.first, op.last)
+        result = site.check_and_call(op.name, args, tensors)
+        containers = self._containers()
+        arguments = [
+            *map(site.value, op.first),
+            *(site.record(unit.places()) for unit in units),
+            *map(site.value, op.last),
+        ]
+        modules = modules_of(units, self, tuple(module for _, module in containers))
+        self.__dict__["_site"] = site.make(op.name, x, arguments, modules, least=op.least)
         return result
 
     def _refuse(self, x: Any) -> None:
@@ -109,7 +117,7 @@ class Fused(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = self.__dict__.copy()
-        state.pop("_plan", None)
+        state.pop("_site", None)
         return state
 
 

@@ -4,14 +4,13 @@ A fused layer is a container of ordinary torch modules. It may run the fused op 
 children one after the other would do, so this module looks for everything that could make a difference. Where it
 finds something, the layer runs its children: never wrong, only not faster.
 
-All of that on every call would cost more than a small kernel. So a layer keeps a `Plan`: what was found good, in a
-form that one pass can compare. The one thing that it takes for granted is that nobody exchanges the hook dictionaries
-of a child for new ones (torch itself only changes their contents).
+All of that on every call would cost more than a small kernel. So a layer keeps a call site (``functional/site.py``),
+which compares what was found good with what there is. The one thing that it takes for granted is that nobody exchanges
+the dictionaries of a child's hooks, parameters and buffers for new ones (torch itself only changes their contents).
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from torch.nn.modules import module as torch_module
 
 from fastblocks import functional as F
 from fastblocks.functional.plain import functorch_level
-from fastblocks.functional.site import Site
+from fastblocks.functional.site import Modules, Place
 
 ACTIVATIONS: dict[type[nn.Module], str | None] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Identity: None}
 
@@ -35,11 +34,11 @@ _GLOBAL_HOOKS = tuple(
         "_global_backward_pre_hooks",
     )
 )
-_CONV = operator.itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
-_BN = operator.itemgetter("training", "eps")
-_RELU6 = operator.itemgetter("min_val", "max_val")
+_CONV = ("stride", "padding", "dilation", "groups", "padding_mode")
+_BN = ("training", "eps")
+_RELU6 = ("min_val", "max_val")
 _SIX = (0.0, 6.0)
-_grad = torch.is_grad_enabled
+_NONE: Place = ({"": None}, "")
 
 
 class Unit(NamedTuple):
@@ -67,6 +66,16 @@ class Unit(NamedTuple):
             return F.ConvBN(conv.weight, conv.bias)
         bn: Any = self.bn
         return F.ConvBN(conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+
+    def places(self) -> tuple[Place, ...]:
+        """Where the tensors of the record stand."""
+        parameters = self.conv._parameters
+        weight = ((parameters, "weight"), (parameters, "bias"))
+        if self.bn is None:
+            return (*weight, *[_NONE] * 4)
+        buffers, parameters = self.bn._buffers, self.bn._parameters
+        statistics = ((buffers, "running_mean"), (buffers, "running_var"))
+        return (*weight, *statistics, (parameters, "weight"), (parameters, "bias"))
 
 
 def is_depthwise(conv: Any) -> bool:
@@ -212,103 +221,16 @@ def input_reason(x: Any) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------- plans
-
-
-class Plan:
-    """What a layer looked like when it was found fit for its op.
-
-    Args:
-        units: the convolutions, each with a BatchNorm and without a bias; else no plan can be kept.
-        tables: the ``_modules`` of the layer and of its nested containers.
-        containers: the nested containers.
-        site: where the op is called from.
-        first: the op's arguments in front of the records.
-        last: the op's arguments behind them.
-    """
-
-    __slots__ = (
-        "_acts",
-        "_backward_hooks",
-        "_children",
-        "_first",
-        "_hooks",
-        "_last",
-        "_site",
-        "_size",
-        "_states",
-        "_tables",
-        "_types",
-        "_units",
-    )
-
-    def __init__(
-        self,
-        units: tuple[Unit, ...],
-        tables: tuple[dict[str, Any], ...],
-        containers: tuple[nn.Module, ...],
-        site: Site,
-        first: tuple[Any, ...],
-        last: tuple[Any, ...],
-    ) -> None:
-        self._site = site
-        self._first = first
-        self._last = last
-        self._tables = tables
-        self._children = [child for table in tables for child in table.values()]
-        self._types = list(map(type, self._children))
-        watched = [*containers, *(child for unit in units for child in unit.modules())]
-        self._states = [child.__dict__ for child in watched]
-        # a forward patched into a module is one more entry of its __dict__
-        self._size = sum(map(len, self._states))
-        self._hooks, self._backward_hooks = hooks_of(self._states)
-        self._units = [
-            (unit.conv.__dict__, _CONV(unit.conv.__dict__), unit.bn.__dict__, _BN(unit.bn.__dict__))
-            for unit in units
-            if unit.bn is not None
-        ]
-        self._acts = [unit.act.__dict__ for unit in units if type(unit.act) is nn.ReLU6]
-
-    @staticmethod
-    def keeps(units: tuple[Unit, ...]) -> bool:
-        """Whether a plan can be kept: the common case only, the others go the long way every time."""
-        return all(u.bn is not None and u.conv.bias is None and u.bn.weight is not None for u in units)
-
-    def __call__(self, input: Any) -> Tensor | None:
-        """The op's result; None if anything has changed."""
-        children: list[Any] = []
-        for table in self._tables:
-            children += table.values()
-        if (
-            children != self._children
-            or [*map(type, children)] != self._types
-            or any(self._hooks)
-            or (_grad() and any(self._backward_hooks))
-            or sum(map(len, self._states)) != self._size
+def modules_of(units: tuple[Unit, ...], layer: nn.Module, containers: tuple[nn.Module, ...]) -> Modules:
+    """What a call site of a layer must remember of its modules."""
+    states = [child.__dict__ for child in (*containers, *(child for unit in units for child in unit.modules()))]
+    settings: list[tuple[dict[str, Any], str, Any]] = []
+    for unit in units:
+        for child, names in (
+            (unit.conv, _CONV),
+            (unit.bn, _BN),
+            (unit.act, _RELU6 if type(unit.act) is nn.ReLU6 else ()),
         ):
-            return None
-        args: list[Any] = [input, *self._first]
-        tensors: list[Any] = [input]
-        try:
-            for conv, setting, bn, state in self._units:
-                if _CONV(conv) != setting or _BN(bn) != state:
-                    return None
-                parameters = conv["_parameters"]
-                if parameters["bias"] is not None:
-                    return None
-                weight = parameters["weight"]
-                parameters = bn["_parameters"]
-                buffers = bn["_buffers"]
-                mean = buffers["running_mean"]
-                var = buffers["running_var"]
-                scale = parameters["weight"]
-                shift = parameters["bias"]
-                args.append((weight, None, mean, var, scale, shift))
-                tensors += (weight, mean, var, scale, shift)
-            for act in self._acts:
-                if _RELU6(act) != _SIX:
-                    return None
-        except KeyError:
-            return None
-        args += self._last
-        return self._site.call(args, tensors)
+            if child is not None:
+                settings += [(child.__dict__, name, getattr(child, name)) for name in names]
+    return Modules(tuple(module._modules for module in (layer, *containers)), states, hooks_of(states), settings)

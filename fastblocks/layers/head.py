@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fastblocks import functional
-from fastblocks.functional.site import Site
+from fastblocks.functional import site
 from fastblocks.layers.conv import sliced
 from fastblocks.layers.fuse import global_hooks, hooks_of, input_reason, tensors_reason, watched
 
 _TYPES = [nn.Dropout, nn.Linear]
-_pool = Site("global_avg_pool", channels=None)
+_pool: site.Site | None = None
 
 
 def global_avg_pool(x: Any) -> Any:
@@ -25,13 +25,16 @@ def global_avg_pool(x: Any) -> Any:
         >>> global_avg_pool(torch.ones(2, 3, 7, 7)).shape
         torch.Size([2, 3])
     """
-    if is_compiling():
-        fuses = input_reason(x) is None and x.dim() == 4
-        return (functional.global_avg_pool(x) if fuses else F.adaptive_avg_pool2d(x, (1, 1))).flatten(1)
-    y = _pool.call((x,), (x,))
+    global _pool
+    y = None if is_compiling() or _pool is None else _pool(x)
     if y is None:
-        fuses = input_reason(x) is None and x.dim() == 4
-        y = _pool.check_and_call((x,), (x,)) if fuses else F.adaptive_avg_pool2d(x, (1, 1))
+        if input_reason(x) is not None or x.dim() != 4:
+            y = F.adaptive_avg_pool2d(x, (1, 1))
+        elif is_compiling():
+            y = functional.global_avg_pool(x)
+        else:
+            y = site.check_and_call("global_avg_pool", (x,), (x,))
+            _pool = site.make("global_avg_pool", x, (), site.Modules(), any_channels=True)
     return y.flatten(1)
 
 
@@ -52,31 +55,18 @@ class Classifier(nn.Sequential):
         (1, 2)
     """
 
-    _plan: tuple[Any, ...] | None = None
+    _site: site.Site | None = None
 
     def __init__(self, in_features: int, num_classes: int, dropout: float = 0.2) -> None:
         super().__init__(nn.Dropout(dropout), nn.Linear(in_features, num_classes))
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits of a batch of feature vectors."""
-        plan = None if is_compiling() else self._plan
-        if plan is not None:
-            site, known, hooks, dropout, linear, size = plan
-            children = [*self._modules.values()]
-            if (
-                children == known
-                and [*map(type, children)] == _TYPES
-                and not any(hooks)
-                and len(dropout) + len(linear) == size
-                and not dropout["training"]
-            ):
-                parameters = linear["_parameters"]
-                weight = parameters.get("weight")
-                bias = parameters.get("bias")
-                tensors = (input, weight) if bias is None else (input, weight, bias)
-                result = site.call((input, weight, bias), tensors)
-                if result is not None:
-                    return result
+        call = None if is_compiling() else self._site
+        if call is not None:
+            result = call(input)
+            if result is not None:
+                return result
         return self._forward_checked(input)
 
     def __getitem__(self, idx: Any) -> Any:
@@ -101,14 +91,16 @@ class Classifier(nn.Sequential):
         linear = children[1]
         if is_compiling():
             return functional.linear(x, linear.weight, linear.bias)
-        site = Site("linear", least=None)
         tensors = [t for t in (x, linear.weight, linear.bias) if t is not None]
-        result = site.check_and_call((x, linear.weight, linear.bias), tensors)
+        result = site.check_and_call("linear", (x, linear.weight, linear.bias), tensors)
         states = [child.__dict__ for child in children]
-        self.__dict__["_plan"] = (site, children, sum(hooks_of(states), ()), *states, sum(map(len, states)))
+        modules = site.Modules((self._modules,), states, hooks_of(states), ((states[0], "training", False),))
+        parameters = linear._parameters
+        arguments = [site.tensor((parameters, name)) for name in ("weight", "bias")]
+        self.__dict__["_site"] = site.make("linear", x, arguments, modules, least=None)
         return result
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = self.__dict__.copy()
-        state.pop("_plan", None)
+        state.pop("_site", None)
         return state

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastblocks.layers import ConvBNAct, InvertedResidual
+from fastblocks.layers import ConvBNAct, InvertedResidual, Sequential
 from fastblocks.layers.conv import positive
 from fastblocks.layers.head import Classifier, global_avg_pool
 from fastblocks.models.registry import register
@@ -56,7 +56,7 @@ class MobileNetV2(nn.Module):
                 blocks.append(InvertedResidual(channels, out, stride if i == 0 else 1, expansion))
                 channels = out
         blocks.append(ConvBNAct(channels, self.last_channel, 1))
-        self.features = nn.Sequential(*blocks)
+        self.features = Sequential(*blocks)
         self.classifier = Classifier(self.last_channel, num_classes, dropout)
         initialise(self)
         channels_last(self)

@@ -1,0 +1,49 @@
+// The ops on tensors: what a call of torch.ops.fastblocks.NAME does in the native tier. The arguments are those of the tiers'
+// tables; they were checked, in the user's terms, in fastblocks/functional. Here only that no kernel can leave its memory.
+#pragma once
+
+#include <Python.h>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "dispatch.h"
+#include "tensors.h"
+
+namespace fastblocks {
+
+// What goes into an op and comes out of it: a tensor, or, between the ops of a chain, memory that is no tensor.
+struct Value {
+  TensorView view;   // as torch sees it, or would
+  PyObject* tensor;  // borrowed; null: `image` has the data, NHWC and dense
+  Image image;
+};
+
+// One call of an op. First it reads its arguments (make_call), then the input's sizes (bind), then it is told where input and
+// output lie (place); then it can run.
+class Call {
+ public:
+  virtual ~Call() = default;
+  // Returns the output, without memory.
+  virtual Value bind(const Value& input) = 0;
+  // `input` is null where the input is a tensor, whose address is known.
+  virtual void place(float* input, float* output) = 0;
+  // Null where there is nothing to compute.
+  virtual const Op* op() const = 0;
+  virtual void* params() = 0;
+};
+
+// The call of the op behind a function of the tiers' table; null where that is none of op_methods(). args[0], the input, is not
+// read; the others must outlive the call.
+std::unique_ptr<Call> make_call(PyObject* function, PyObject* const* args, Py_ssize_t count);
+
+// Binds the calls to the input and to each other and runs them, in one entry of the thread pool. Where `fits`, if given, says
+// that an input is not good for its call, nothing runs and the result is None.
+typedef std::function<bool(size_t call, const TensorView& input)> Fits;
+Ref run_calls(const std::vector<std::unique_ptr<Call>>& calls, PyObject* input, const Fits& fits = {});
+
+// The ops as functions for Python, ended by a null row.
+PyMethodDef* op_methods();
+
+}  // namespace fastblocks

@@ -1,0 +1,115 @@
+#include "packs.h"
+
+#include <new>
+#include <unordered_map>
+#include <vector>
+
+#include "dispatch.h"
+#include "memory.h"
+
+namespace fastblocks {
+
+namespace {
+
+struct Slot {
+  Ref reference, storage;
+  TensorView seen;
+  long long version;
+  std::shared_ptr<const Pack> packs[Pack::kKinds];
+};
+
+// Never destroyed: the interpreter may be gone when static objects are.
+std::unordered_map<PyObject*, Slot>& slots() {
+  static auto* const all = new std::unordered_map<PyObject*, Slot>;
+  return *all;
+}
+
+long long version_of(PyObject* weight) {
+  static PyObject* const name = PyUnicode_InternFromString("_version");
+  const Ref version = Ref::checked(PyObject_GetAttr(weight, name));
+  return PyLong_AsLongLong(version.get());
+}
+
+bool call_bool(PyObject* object, const char* method) {
+  return PyObject_IsTrue(Ref::checked(PyObject_CallMethod(object, method, nullptr)).get()) == 1;
+}
+
+PyObject* on_death(PyObject* key, PyObject*) {
+  forget_pack(static_cast<PyObject*>(PyLong_AsVoidPtr(key)));
+  Py_RETURN_NONE;
+}
+PyMethodDef on_death_method = {"on_death", on_death, METH_O, nullptr};
+
+bool same(const TensorView& a, const TensorView& b) {
+  if (a.data != b.data || a.dims != b.dims) return false;
+  for (int i = 0; i < a.dims; ++i)
+    if (a.size[i] != b.size[i] || a.stride[i] != b.stride[i]) return false;
+  return true;
+}
+
+std::shared_ptr<const Pack> make_pack(const TensorView& v, Pack::Kind kind) {
+  require(v.dims == 4 || v.dims == 2, "fastblocks._C: a weight has two or four dimensions");
+  auto pack = std::make_shared<Pack>();
+  const bool image = v.dims == 4;
+  pack->kind = kind, pack->level = current_level();
+  pack->out_channels = v.size[0], pack->in_channels = v.size[1];
+  pack->kernel[0] = image ? v.size[2] : 1, pack->kernel[1] = image ? v.size[3] : 1;
+  const int64_t strides[4] = {v.stride[0], v.stride[1], image ? v.stride[2] : 0, image ? v.stride[3] : 0};
+  const int64_t taps = pack->kernel[0] * pack->kernel[1];
+  require_sizes({pack->out_channels, pack->in_channels, pack->kernel[0], pack->kernel[1]});
+  const KernelTable& table = *level(pack->level);
+  const int64_t floats = kind == Pack::kDepthwise ? table.pack_depthwise_floats(pack->out_channels, taps)
+                                                  : table.pack_gemm_floats(pack->out_channels, pack->in_channels * taps);
+  pack->data = static_cast<float*>(acquire_slab(floats * sizeof(float)));
+  if (!pack->data) throw std::bad_alloc();
+  if (kind == Pack::kDepthwise) {
+    require(pack->in_channels == 1, "fastblocks._C: a depthwise weight has one input channel");
+    const int64_t depthwise_strides[3] = {strides[0], strides[2], strides[3]};
+    table.pack_depthwise(v.data, pack->out_channels, pack->kernel[0], pack->kernel[1], depthwise_strides, pack->data);
+  } else {
+    std::vector<int64_t> offsets(pack->in_channels * taps);
+    table.pack_conv(v.data, pack->out_channels, pack->in_channels, pack->kernel, strides, kind == Pack::kConvPlanar,
+                    offsets.data(), pack->data);
+  }
+  return pack;
+}
+
+}  // namespace
+
+Pack::~Pack() { release_slab(data); }
+
+std::shared_ptr<const Pack> find_pack(PyObject* weight, const TensorView& v, Pack::Kind kind) {
+  const auto found = slots().find(weight);
+  const bool known = found != slots().end() && same(found->second.seen, v) && found->second.version == version_of(weight);
+  if (known) {
+    const std::shared_ptr<const Pack>& pack = found->second.packs[kind];
+    if (pack && pack->level == current_level()) return pack;
+  }
+  std::shared_ptr<const Pack> pack = make_pack(v, kind);
+  // A tensor of inference mode carries no version, so nothing would tell that it was changed: packed at each call.
+  if (call_bool(weight, "is_inference")) return pack;
+  if (!known) {
+    const Ref key = Ref::checked(PyLong_FromVoidPtr(weight));
+    const Ref callback = Ref::checked(PyCFunction_New(&on_death_method, key.get()));
+    Slot slot;
+    slot.reference = Ref::checked(PyWeakref_NewRef(weight, callback.get()));
+    slot.storage = Ref::checked(PyObject_CallMethod(weight, "untyped_storage", nullptr));
+    slot.seen = v;
+    slot.version = version_of(weight);
+    slots()[weight] = std::move(slot);
+  }
+  slots()[weight].packs[kind] = pack;
+  return pack;
+}
+
+// What a slot holds may run Python code as it goes, so it goes when the table has let go of it.
+void forget_pack(PyObject* weight) { slots().extract(weight); }
+
+void forget_packs() {
+  std::unordered_map<PyObject*, Slot> all;
+  all.swap(slots());
+}
+
+int64_t pack_slots() { return (int64_t)slots().size(); }
+
+}  // namespace fastblocks

@@ -1,0 +1,207 @@
+"""fastblocks.Sequential: its layers in one go give what they give one by one; hooks and the like are served."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import settled
+from torch import Tensor, nn
+
+import fastblocks
+from fastblocks import ConvBNAct, InvertedResidual, PointwiseConvBNAct, Sequential
+
+native = pytest.mark.skipif(fastblocks.current_backend() != "native", reason="chains belong to the native tier")
+
+
+def network() -> Sequential:
+    layers = [
+        ConvBNAct(3, 12, stride=2),
+        InvertedResidual(12, 8, expand_ratio=1),
+        InvertedResidual(8, 8),
+        InvertedResidual(8, 20, 2),
+        InvertedResidual(20, 20),
+        PointwiseConvBNAct(20, 58),
+    ]
+    return settled(Sequential(*layers))
+
+
+def one_by_one(layers: nn.Sequential, x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def chained(layers: Sequential) -> bool:
+    """Whether the last call left a chain, and the next one will take it."""
+    return layers._chain is not None
+
+
+@native
+@pytest.mark.parametrize("threads", [1, 2])
+def test_equal_to_one_by_one(tier: str, threads: int) -> None:
+    layers = network()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            for size in ((1, 3, 33, 30), (3, 3, 16, 16), (2, 3, 57, 8), (0, 3, 16, 16)):
+                for memory_format in (torch.contiguous_format, torch.channels_last):
+                    x = torch.randn(size).contiguous(memory_format=memory_format)
+                    want = one_by_one(layers, x)
+                    for _ in range(3):
+                        got = layers(x)
+                        assert torch.equal(got, want)
+                        assert got.stride() == want.stride()
+    finally:
+        torch.set_num_threads(before)
+    assert chained(layers) == (tier != "reference")
+
+
+@native
+def test_inputs_that_do_not_fit_are_refused_as_by_the_layers() -> None:
+    layers = network()
+    with torch.no_grad():
+        for _ in range(3):
+            layers(torch.randn(1, 3, 16, 16))
+        for wrong in (torch.randn(1, 4, 16, 16), torch.randn(3, 16), torch.ones(1, 3, 16, 16, dtype=torch.int32)):
+            with pytest.raises((ValueError, TypeError), match="input"):
+                layers(wrong)
+        y = layers(torch.randn(1, 3, 16, 16, dtype=torch.float64).float())
+        assert y.shape == (1, 58, 4, 4)
+
+
+def _hook(layers: Sequential, seen: list[str]) -> None:
+    layers[2].register_forward_hook(lambda *_: seen.append("seen"))
+
+
+def _hook_on_child(layers: Sequential, seen: list[str]) -> None:
+    layers[3].conv[1].register_forward_pre_hook(lambda *_: seen.append("seen"))
+
+
+def _patched(layers: Sequential, seen: list[str]) -> None:
+    forward = layers[4].forward
+    layers[4].forward = lambda x: (seen.append("seen"), forward(x))[1]
+
+
+def _exchanged(layers: Sequential, seen: list[str]) -> None:
+    class Watched(InvertedResidual):
+        def forward(self, input: Tensor) -> Tensor:
+            seen.append("seen")
+            return super().forward(input)
+
+    layers[4] = settled(Watched(20, 20))
+
+
+@native
+@pytest.mark.parametrize("change", [_hook, _hook_on_child, _patched, _exchanged])
+def test_whatever_looks_in_is_served(change: Callable[[Sequential, list[str]], None]) -> None:
+    layers, x, seen = network(), torch.randn(1, 3, 16, 16), []
+    with torch.no_grad():
+        for _ in range(3):
+            layers(x)
+        assert chained(layers)
+        change(layers, seen)
+        for calls in (1, 2, 3):
+            got = layers(x)
+            assert len(seen) == calls
+            assert not chained(layers)
+        torch.testing.assert_close(got, one_by_one(layers, x))
+
+
+def _weight(layers: Any) -> None:
+    layers[2].conv[0][0].weight.mul_(2)
+
+
+def _statistics(layers: Any) -> None:
+    layers[3].conv[-1].running_mean.add_(1)
+
+
+def _no_residual(layers: Any) -> None:
+    layers[2].use_res_connect = False
+
+
+def _stride(layers: Any) -> None:
+    layers[3].conv[1][0].stride = (1, 1)
+
+
+def _training(layers: Any) -> None:
+    layers[2].conv[1][1].train()
+
+
+def _shorter(layers: Any) -> None:
+    del layers[5]
+
+
+@native
+@pytest.mark.parametrize("change", [_weight, _statistics, _no_residual, _stride, _training, _shorter])
+def test_changes_are_followed(change: Callable[[Any], None]) -> None:
+    layers, x = network(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        for _ in range(3):
+            before = layers(x)
+        change(layers)
+        want = one_by_one(copy.deepcopy(layers), x)
+        got = [layers(x) for _ in range(2)]
+    assert got[0].shape != before.shape or not torch.allclose(got[0], before)
+    torch.testing.assert_close(got[0], want)
+    if change is not _training:  # its statistics move on
+        torch.testing.assert_close(got[1], want)
+
+
+@native
+def test_gradients_take_the_layers_one_by_one() -> None:
+    layers, x = network(), torch.randn(1, 3, 16, 16, requires_grad=True)
+    with torch.no_grad():
+        for _ in range(3):
+            layers(x)
+    layers(x).sum().backward()
+    got = x.grad
+    assert got is not None
+    x.grad = None
+    one_by_one(copy.deepcopy(layers), x).sum().backward()
+    torch.testing.assert_close(got, x.grad)
+
+
+@native
+def test_a_profiler_sees_each_op() -> None:
+    layers, x = network(), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        for _ in range(3):
+            layers(x)
+        with torch.profiler.profile() as profile:
+            layers(x)
+    names = [event.name for event in profile.events()]
+    assert sum(name == "fastblocks::inverted_residual" for name in names) == 4
+
+
+@native
+def test_the_chain_is_not_copied_and_keeps_nothing_alive() -> None:
+    layers, x = network(), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        for _ in range(3):
+            want = layers(x)
+        for copied in (copy.deepcopy(layers), copy.copy(layers), pickle.loads(pickle.dumps(layers)), layers[:]):
+            assert not chained(copied)
+            assert torch.equal(copied(x), want)
+    gone = weakref.ref(layers[1].conv[0][0].weight)
+    del layers, copied
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_other_backend_is_taken_up() -> None:
+    layers, x = network(), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        for _ in range(3):
+            want = layers(x)
+        with fastblocks.use_backend("reference"):
+            torch.testing.assert_close(layers(x), want, rtol=1e-4, atol=1e-4)
+            assert layers(x) is not want
+        assert torch.equal(layers(x), want)
