@@ -110,7 +110,8 @@ def native_parts() -> dict:
     )
     return {
         "ext_modules": [extension],
-        "libraries": [kernel_library(level, flags) for level, flags in LEVELS.items()],
+        # the widest level takes longest, so it begins
+        "libraries": [kernel_library(level, flags) for level, flags in reversed(LEVELS.items())],
         "cmdclass": {"build_clib": BuildLibraries, "build_ext": BuildExtension},
     }
 

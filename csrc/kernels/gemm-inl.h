@@ -171,8 +171,8 @@ FASTBLOCKS_INLINE void tile_step(Vec (&sum)[M][V], const float* const (&a)[(M + 
 }
 
 // One run, eight steps at a time and the rest by 4, 2 and 1: a loop of single steps would end in a branch that is predicted
-// wrongly at every tile. Returns where the next run's weights begin.
-template <int M, int V>
+// wrongly at every tile. kShort: four steps at a time, which is slower and half the code. Returns where the next run's weights begin.
+template <int M, int V, bool kShort>
 FASTBLOCKS_INLINE const float* tile_sum(Vec (&sum)[M][V], const float* first, int64_t a_stride, const float* w,
                                         int64_t run_length) {
   const float* a[(M + 2) / 3];
@@ -189,9 +189,12 @@ FASTBLOCKS_INLINE const float* tile_sum(Vec (&sum)[M][V], const float* first, in
     for (int i = 0; i < (M + 2) / 3; ++i) a[i] += kCount;
     w += kCount * V * kLanes;
   };
-  for (int64_t k = run_length; k >= 8; k -= 8) steps(Number<8>());
+  if (kShort)
+    for (int64_t k = run_length; k >= 4; k -= 4) steps(Number<4>());
+  else
+    for (int64_t k = run_length; k >= 8; k -= 8) steps(Number<8>());
   if (run_length & 7) {
-    if (run_length & 4) steps(Number<4>());
+    if (!kShort && run_length & 4) steps(Number<4>());
     if (run_length & 2) steps(Number<2>());
     if (run_length & 1) steps(Number<1>());
   }
@@ -247,9 +250,9 @@ inline void tile_run(TileRun& state, int64_t tiles) {
     if (kFinish == Finish::kFoldedRuns || (kAny && t.a.run_offsets)) {
       const float* w = t.w;
       for (int64_t run = 0; run < t.a.run_count; ++run)
-        w = tile_sum<M, V>(sum, a + t.a.run_offsets[run], a_stride, w, t.a.run_length);
+        w = tile_sum<M, V, kAny>(sum, a + t.a.run_offsets[run], a_stride, w, t.a.run_length);
     } else {
-      tile_sum<M, V>(sum, a, a_stride, t.w, t.a.run_length);
+      tile_sum<M, V, kAny>(sum, a, a_stride, t.w, t.a.run_length);
     }
     if (offsets) {
       tile_store<M, V, kFinish>(sum, t, residual, [&](int m) { return out + offsets[m]; });
