@@ -20,6 +20,11 @@ struct Value {
   Image image;
 };
 
+struct Step {
+  const Op* op;
+  void* params;
+};
+
 // One call of an op. First it reads its arguments (make_call), then the input's sizes (bind), then it is told where input and
 // output lie (place); then it can run.
 class Call {
@@ -29,9 +34,8 @@ class Call {
   virtual Value bind(const Value& input) = 0;
   // `input` is null where the input is a tensor, whose address is known.
   virtual void place(float* input, float* output) = 0;
-  // Null where there is nothing to compute.
-  virtual const Op* op() const = 0;
-  virtual void* params() = 0;
+  // What to run, in this order.
+  virtual void steps(std::vector<Step>& to) = 0;
 };
 
 // The call of the op behind a function of the tiers' table; null where that is none of op_methods(). args[0], the input, is not

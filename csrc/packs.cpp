@@ -47,19 +47,21 @@ bool same(const TensorView& a, const TensorView& b) {
   return true;
 }
 
-std::shared_ptr<const Pack> make_pack(const TensorView& v, Pack::Kind kind) {
+std::shared_ptr<const Pack> make_pack(const TensorView& v, Pack::Kind kind, int64_t groups) {
   require(v.dims == 4 || v.dims == 2, "fastblocks._C: a weight has two or four dimensions");
   auto pack = std::make_shared<Pack>();
   const bool image = v.dims == 4;
-  pack->kind = kind, pack->level = current_level();
+  pack->kind = kind, pack->level = current_level(), pack->groups = groups;
   pack->out_channels = v.size[0], pack->in_channels = v.size[1];
   pack->kernel[0] = image ? v.size[2] : 1, pack->kernel[1] = image ? v.size[3] : 1;
   const int64_t strides[4] = {v.stride[0], v.stride[1], image ? v.stride[2] : 0, image ? v.stride[3] : 0};
   const int64_t taps = pack->kernel[0] * pack->kernel[1];
   require_sizes({pack->out_channels, pack->in_channels, pack->kernel[0], pack->kernel[1]});
+  require(groups >= 1 && pack->out_channels % groups == 0, "fastblocks._C: groups that do not divide the output channels");
   const KernelTable& table = *level(pack->level);
-  const int64_t floats = kind == Pack::kDepthwise ? table.pack_depthwise_floats(pack->out_channels, taps)
-                                                  : table.pack_gemm_floats(pack->out_channels, pack->in_channels * taps);
+  const int64_t part = pack->out_channels / groups, part_floats = table.pack_gemm_floats(part, pack->in_channels * taps);
+  const int64_t floats =
+      kind == Pack::kDepthwise ? table.pack_depthwise_floats(pack->out_channels, taps) : groups * part_floats;
   pack->data = static_cast<float*>(acquire_slab(floats * sizeof(float)));
   if (!pack->data) throw std::bad_alloc();
   if (kind == Pack::kDepthwise) {
@@ -68,8 +70,9 @@ std::shared_ptr<const Pack> make_pack(const TensorView& v, Pack::Kind kind) {
     table.pack_depthwise(v.data, pack->out_channels, pack->kernel[0], pack->kernel[1], depthwise_strides, pack->data);
   } else {
     std::vector<int64_t> offsets(pack->in_channels * taps);
-    table.pack_conv(v.data, pack->out_channels, pack->in_channels, pack->kernel, strides, kind == Pack::kConvPlanar,
-                    offsets.data(), pack->data);
+    for (int64_t g = 0; g < groups; ++g)
+      table.pack_conv(v.data + g * part * strides[0], part, pack->in_channels, pack->kernel, strides, kind == Pack::kConvPlanar,
+                      offsets.data(), pack->data + g * part_floats);
   }
   return pack;
 }
@@ -78,14 +81,14 @@ std::shared_ptr<const Pack> make_pack(const TensorView& v, Pack::Kind kind) {
 
 Pack::~Pack() { release_slab(data); }
 
-std::shared_ptr<const Pack> find_pack(PyObject* weight, const TensorView& v, Pack::Kind kind) {
+std::shared_ptr<const Pack> find_pack(PyObject* weight, const TensorView& v, Pack::Kind kind, int64_t groups) {
   const auto found = slots().find(weight);
   const bool known = found != slots().end() && same(found->second.seen, v) && found->second.version == version_of(weight);
   if (known) {
     const std::shared_ptr<const Pack>& pack = found->second.packs[kind];
-    if (pack && pack->level == current_level()) return pack;
+    if (pack && pack->level == current_level() && pack->groups == groups) return pack;
   }
-  std::shared_ptr<const Pack> pack = make_pack(v, kind);
+  std::shared_ptr<const Pack> pack = make_pack(v, kind, groups);
   // A tensor of inference mode carries no version, so nothing would tell that it was changed: packed at each call.
   if (call_bool(weight, "is_inference")) return pack;
   if (!known) {

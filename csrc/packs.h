@@ -17,6 +17,7 @@ struct Pack {
   enum Kind { kConv, kConvPlanar, kDepthwise, kKinds };
   Kind kind;
   int level;
+  int64_t groups;  // packed one after the other
   int64_t out_channels, in_channels, kernel[2];
   float* data = nullptr;
 
@@ -26,9 +27,9 @@ struct Pack {
   Pack& operator=(const Pack&) = delete;
 };
 
-// The pack of a weight (out, in, kh, kw), or (out, in), for the current instruction set level. Hold it while a kernel reads it:
-// another thread may exchange the slot's.
-std::shared_ptr<const Pack> find_pack(PyObject* weight, const TensorView& v, Pack::Kind kind);
+// The pack of a weight (out, in of a group, kh, kw), or (out, in), for the current instruction set level. Hold it while a
+// kernel reads it: another thread may exchange the slot's.
+std::shared_ptr<const Pack> find_pack(PyObject* weight, const TensorView& v, Pack::Kind kind, int64_t groups = 1);
 void forget_pack(PyObject* weight);
 void forget_packs();
 int64_t pack_slots();

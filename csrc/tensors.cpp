@@ -1,5 +1,6 @@
 #include "tensors.h"
 
+#include <algorithm>
 #include <new>
 
 #include "memory.h"
@@ -156,7 +157,7 @@ Ref contiguous(PyObject* tensor) {
   return Ref::checked(PyObject_CallMethodNoArgs(tensor, name));
 }
 
-Output::Output(const TensorView& wanted) {
+Output::Output(const TensorView& wanted, bool direct) {
   const int64_t n = wanted.size[0], c = wanted.size[1];
   const int64_t h = wanted.dims == 4 ? wanted.size[2] : 1, w = wanted.dims == 4 ? wanted.size[3] : 1;
   require_sizes({n, c, h, w});
@@ -165,7 +166,8 @@ Output::Output(const TensorView& wanted) {
   memory_ = new Memory{{{kDLPackMajor, 0}, nullptr, destroy, 0, {}}, {n, c, h, w}, {h * w * c, 1, w * c, c}};
   memory_->managed.manager_ctx = memory_;
   memory_->managed.dl_tensor = {data, {kDLCPU, 0}, wanted.dims, {kDLFloat, 32, 1}, memory_->shape, memory_->strides, 0};
-  copy_ = wanted.dims == 4 && !suggests_channels_last(wanted);
+  if (direct) std::copy(wanted.stride, wanted.stride + wanted.dims, memory_->strides);
+  copy_ = !direct && wanted.dims == 4 && !suggests_channels_last(wanted);
 }
 
 void Output::destroy(DLManagedTensorVersioned* managed) {

@@ -91,11 +91,12 @@ ImageInput even_pixels(PyObject* tensor, const TensorView& v);
 // The tensor with its last dimension dense.
 Ref contiguous(PyObject* tensor);
 
-// An output in recycled memory, which its tensor gives back. The kernels write it NHWC.
+// An output in recycled memory, which its tensor gives back.
 class Output {
  public:
-  // The sizes, and the strides that the tensor shall have.
-  explicit Output(const TensorView& wanted);
+  // The sizes, and the strides that the tensor shall have. Kernels write NHWC, which is copied where the strides are others;
+  // `direct`: the kernel writes these strides.
+  explicit Output(const TensorView& wanted, bool direct = false);
   ~Output();
   float* data() const { return static_cast<float*>(memory_->managed.dl_tensor.data); }
   Ref tensor();

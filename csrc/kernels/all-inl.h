@@ -7,6 +7,7 @@
 #include "depthwise-inl.h"
 #include "pointwise-inl.h"
 #include "pool-inl.h"
+#include "shuffle-inl.h"
 
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
@@ -25,8 +26,10 @@ inline KernelTable make_table(const char* name) {
   t.pointwise = {pointwise_prepare, pointwise_begin};
   t.depthwise = {depthwise_prepare, depthwise_begin};
   t.conv = {conv_prepare, conv_begin};
-  t.inverted_residual = {block_prepare, block_begin};
+  t.block = {block_prepare, block_begin};
   t.global_avg_pool = {pool_prepare, nullptr};
+  t.window_pool = {window_pool_prepare, nullptr};
+  t.shuffle = {shuffle_prepare, nullptr};
   return t;
 }
 

@@ -1,4 +1,5 @@
-// The inverted residual (MobileNetV2, section 3.3), fused: the expanded tensor never exists.
+// The blocks of the four networks, fused: [1x1 convolution], depthwise convolution, 1x1 convolution. The expanded tensor never
+// exists.
 //
 // Expanded channels are made a panel at a time: a few rows of the panel go into a ring of rows with side padding (L1), the
 // depthwise convolution reads them there at once and leaves its result in `hidden`, a chunk of output rows wide enough for
@@ -7,64 +8,113 @@
 //           expand the rows at their seam twice.
 //   slices  small maps, few images: weights dominate, so an item is one panel of expanded channels over the whole map (none
 //           needs another), and a second phase projects, cut over pixels and output channels.
+//
+// ShuffleNet's grouped unit shuffles the expanded channels. They stay in the order in which the expansion makes them, the taps
+// of the depthwise convolution are put into that order, and each group of the projection interleaves what it needs as it
+// begins.
 #pragma once
 
 #include "depthwise-inl.h"
 #include "pointwise-inl.h"
+#include "pool-inl.h"
+#include "shuffle-inl.h"
 
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
+
+FASTBLOCKS_INLINE GroupedProduct block_expansion(const BlockParams& p) {
+  return {p.expand_groups, p.hidden_channels / p.expand_groups, p.in_channels / p.expand_groups, p.fold_expand};
+}
+
+FASTBLOCKS_INLINE GroupedProduct block_projection(const BlockParams& p) {
+  return {p.groups, p.out_channels / p.groups, p.hidden_channels / p.groups, p.fold_project};
+}
+
+// The hidden channels as they lie in memory: sections, each of whole vectors, one a group of the expansion.
+struct Hidden {
+  int64_t sections, channels;  // channels of a section
+  Panels panels;               // of a section
+
+  explicit Hidden(const BlockParams& p)
+      : sections(p.expand_groups), channels(p.hidden_channels / p.expand_groups), panels(channels) {}
+  int64_t padded() const { return sections * panels.padded(); }
+  int64_t count() const { return sections * panels.count; }  // panels in all
+  int64_t first(int64_t panel) const {                       // the place of a panel's first channel
+    return panel / panels.count * panels.padded() + panels.first_channel(panel % panels.count);
+  }
+  int lanes(int64_t panel) const { return panels.width(panel % panels.count) * kLanes; }
+  int valid(int64_t panel) const { return panels.valid(panel % panels.count); }
+  // Where the streams that a shuffle interleaves begin, and the distance between them.
+  int64_t stream_stride(const BlockParams& p) const { return sections > 1 ? panels.padded() : p.hidden_channels / p.groups; }
+};
 
 struct BlockShared {  // views into params.shared
   float *expand, *depthwise, *project, *hidden;
 };
 
-FASTBLOCKS_INLINE BlockShared block_shared(const InvertedResidualParams& p, int64_t* floats) {
+FASTBLOCKS_INLINE BlockShared block_shared(const BlockParams& p, int64_t* floats) {
   BlockShared s;
   s.expand = p.shared;
-  s.depthwise = s.expand + (p.expand_weight ? folded_product_floats(p.hidden_channels, p.in_channels, p.fold_expand) : 0);
-  s.project = s.depthwise + folded_depthwise_floats(p.hidden_channels, p.kernel * p.kernel);
-  const float* end = s.project + folded_product_floats(p.out_channels, p.hidden_channels, p.fold_project);
+  s.depthwise = s.expand + (p.expand_weight ? block_expansion(p).floats() : 0);
+  s.project = s.depthwise + Hidden(p).padded() * (p.kernel * p.kernel + 2);
+  const float* end = s.project + block_projection(p).floats();
   s.hidden = p.shared + round_up(end - p.shared, 16);
   *floats = s.hidden - p.shared;
   return s;
 }
 
-FASTBLOCKS_INLINE int64_t ring_rows(const InvertedResidualParams& p) { return (p.step_rows - 1) * p.stride + p.kernel; }
+FASTBLOCKS_INLINE int64_t ring_rows(const BlockParams& p) { return (p.step_rows - 1) * p.stride + p.kernel; }
 
-FASTBLOCKS_INLINE bool by_slices(const InvertedResidualParams& p) { return p.bands == 0; }
+FASTBLOCKS_INLINE bool by_slices(const BlockParams& p) { return p.bands == 0; }
+
+// The left operand of a projection behind a shuffle is laid out anew, so many pixels at a time; so are results that are to be
+// interleaved with others.
+FASTBLOCKS_INLINE int64_t project_pixels(const BlockParams& p) {
+  return p.other.data ? shuffle_pixels(p.out_channels) : larger(1, p.out_height * p.out_width);
+}
+
+FASTBLOCKS_INLINE int64_t gathered_stride(const BlockParams& p) {
+  return round_up(p.hidden_channels / p.groups + p.groups * (kLanes + 2), 16);
+}
 
 struct BlockScratch {
   const float** input_rows;  // kernel rows of one output row
   int64_t* ring_offsets;     // of the pixels of an expansion
-  float *ring, *hidden;
+  float *ring, *hidden, *gathered, *result;
 };
 
-FASTBLOCKS_INLINE BlockScratch block_scratch(const InvertedResidualParams& p, char* memory, size_t* bytes) {
+FASTBLOCKS_INLINE BlockScratch block_scratch(const BlockParams& p, char* memory, size_t* bytes) {
   BlockScratch s;
   s.input_rows = reinterpret_cast<const float**>(memory);
   s.ring_offsets = reinterpret_cast<int64_t*>(memory) + round_up(p.kernel, 8);
   float* next = reinterpret_cast<float*>(s.ring_offsets + round_up(ring_rows(p) * p.width, 8));
   const int64_t row_pixels = p.width + 2 * p.padding;
-  const int64_t lanes = by_slices(p) ? kMaxPanelVectors * kLanes : round_up(p.hidden_channels, kLanes);
+  const int64_t lanes = by_slices(p) ? kMaxPanelVectors * kLanes : Hidden(p).padded();
+  const int64_t chunk_pixels = by_slices(p) ? p.pixel_block : p.chunk_rows * p.out_width;
   s.ring = next;
   if (p.expand_weight) next += round_up(ring_rows(p) * row_pixels * lanes, 16);
   s.hidden = next;
-  if (!by_slices(p)) next += p.chunk_rows * p.out_width * p.hidden_stride;
+  if (!by_slices(p)) next += chunk_pixels * p.hidden_stride + 16;
+  s.gathered = next + 16;  // interleaving begins a little before
+  if (p.groups > 1) next += chunk_pixels * gathered_stride(p) + 2 * 16 + kMostStreams * kLanes;
+  s.result = next;
+  if (p.other.data) next += shuffle_pixels(p.out_channels) * p.out_channels + 16;
   *bytes = (char*)next - memory;
   return s;
 }
 
 // Expands input rows [iy_begin, iy_end) of one panel into its ring, whose rows have padding between them. Wide rows are a
 // product each; narrow ones go together, with a table of destinations, so that tiles cross from row to row.
-inline void block_expand(const InvertedResidualParams& p, const BlockShared& shared, const BlockScratch& s, int64_t image,
-                         int64_t panel, float* ring, int64_t iy_begin, int64_t iy_end) {
-  const Panels panels(p.hidden_channels);
-  const int64_t lanes = panels.width(panel) * kLanes, rows = ring_rows(p), row_pixels = p.width + 2 * p.padding;
-  const Epilogue e = {folded_product(p.expand_weight, p.hidden_channels, p.fold_expand, shared.expand), p.clamp, nullptr, 0,
-                      true};
+inline void block_expand(const BlockParams& p, const BlockShared& shared, const BlockScratch& s, int64_t image, int64_t panel,
+                         float* ring, int64_t iy_begin, int64_t iy_end) {
+  const Hidden hidden(p);
+  const GroupedProduct product = block_expansion(p);
+  const int64_t group = panel / hidden.panels.count, lanes = hidden.lanes(panel);
+  const int64_t rows = ring_rows(p), row_pixels = p.width + 2 * p.padding;
+  const Epilogue e = {product.of(group, p.expand_weight, shared.expand), p.expand_clamp, nullptr, 0, true};
   const bool narrow = p.width < 8 * max_tile_pixels(kPanelVectors);
-  ring -= panels.first_channel(panel);
+  panel %= hidden.panels.count;
+  ring -= hidden.panels.first_channel(panel);
   int64_t* offset = s.ring_offsets;
   for (int64_t iy = iy_begin; iy < iy_end; ++iy) {
     const int64_t row = (iy % rows * row_pixels + p.padding) * lanes;
@@ -73,19 +123,19 @@ inline void block_expand(const InvertedResidualParams& p, const BlockShared& sha
       if (iy + 1 < iy_end) continue;
     }
     const int64_t from = narrow ? iy_begin : iy;
-    const float* x = p.x.data + image * p.x.image_stride + from * p.x.row_stride;
-    const Pixels left = {x, p.in_channels, p.x.pixel_stride, 1, nullptr};
+    const float* x = p.x.data + image * p.x.image_stride + from * p.x.row_stride + group * product.depth;
+    const Pixels left = {x, product.depth, p.x.pixel_stride, 1, nullptr};
     const Destination to = {narrow ? ring : ring + row, lanes, narrow ? s.ring_offsets : nullptr};
-    gemm(left, (iy + 1 - from) * p.width, p.hidden_channels, panel, panel + 1, e, to);
+    gemm(left, (iy + 1 - from) * p.width, product.channels, panel, panel + 1, e, to);
   }
 }
 
-// Depthwise rows [oy_begin, oy_end) of `lanes` channels from `channel` on, into hidden (whose row oy_begin stands first). ring
-// is null where there is no expansion: the input is read in place.
-inline void block_depthwise(const InvertedResidualParams& p, const BlockShared& shared, const BlockScratch& s,
+// Depthwise rows [oy_begin, oy_end) of `lanes` channels from the place `channel` on, into hidden (whose row oy_begin stands
+// first). ring is null where there is no expansion: the input is read in place.
+inline void block_depthwise(const BlockParams& p, const BlockShared& shared, const BlockScratch& s,
                             DepthwiseRowFunction row_function, int64_t image, int64_t channel, int64_t lanes, const float* ring,
                             int64_t oy_begin, int64_t oy_end, float* hidden) {
-  const int64_t padded = round_up(p.hidden_channels, kLanes), rows = ring_rows(p);
+  const int64_t padded = Hidden(p).padded(), rows = ring_rows(p);
   const int64_t row_pixels = p.width + 2 * p.padding;
   for (int64_t oy = oy_begin; oy < oy_end; ++oy) {
     DepthwiseRow r;
@@ -100,14 +150,14 @@ inline void block_depthwise(const InvertedResidualParams& p, const BlockShared& 
     r.out_width = p.out_width, r.out_stride = p.hidden_stride;
     r.kernel_width = p.kernel, r.stride = p.stride, r.padding = ring ? 0 : p.padding, r.dilation = 1;
     r.weight = shared.depthwise + padded + channel, r.weight_stride = padded;
-    r.shift = shared.depthwise + channel, r.clamp = p.clamp;
+    r.shift = shared.depthwise + channel, r.clamp = p.depthwise_clamp;
     r.out = hidden + (oy - oy_begin) * p.out_width * p.hidden_stride + channel;
     r.channels = lanes, r.pad_channels = ring != nullptr;
     row_function(r);
   }
 }
 
-FASTBLOCKS_INLINE float* clear_ring(const InvertedResidualParams& p, float* ring, int64_t lanes) {
+FASTBLOCKS_INLINE float* clear_ring(const BlockParams& p, float* ring, int64_t lanes) {
   const int64_t row_pixels = p.width + 2 * p.padding;
   for (int64_t row = 0; row < ring_rows(p); ++row, ring += row_pixels * lanes) {
     __builtin_memset(ring, 0, p.padding * lanes * sizeof(float));
@@ -116,55 +166,89 @@ FASTBLOCKS_INLINE float* clear_ring(const InvertedResidualParams& p, float* ring
   return ring;
 }
 
-inline void block_project(const InvertedResidualParams& p, const BlockShared& shared, int64_t image, int64_t pixel,
+// Pixels [pixel, pixel + pixels) of one image of the projection's panels [panel_begin, panel_end), counted over all groups.
+// hidden is that of the first pixel.
+inline void block_project(const BlockParams& p, const BlockShared& shared, const BlockScratch& s, int64_t image, int64_t pixel,
                           int64_t pixels, const float* hidden, int64_t panel_begin, int64_t panel_end) {
-  const float* residual = p.residual ? p.x.data + image * p.x.image_stride + pixel * p.x.pixel_stride : nullptr;
-  const Pixels left = {hidden, p.hidden_channels, p.hidden_stride, 1, nullptr};
-  const Clamp none = {-__builtin_inff(), __builtin_inff()};
-  const Epilogue e = {folded_product(p.project_weight, p.out_channels, p.fold_project, shared.project), none, residual,
-                      p.x.pixel_stride, false};
-  const Destination to = {p.out.data + image * p.out.image_stride + pixel * p.out.pixel_stride, p.out.pixel_stride, nullptr};
-  gemm(left, pixels, p.out_channels, panel_begin, panel_end, e, to);
+  const GroupedProduct product = block_projection(p);
+  const Hidden layout(p);
+  const int64_t count = Panels(product.channels).count, step = project_pixels(p);
+  const auto at = [&](const Image& i, int64_t m) { return i.data + image * i.image_stride + m * i.pixel_stride; };
+  for (int64_t m = pixel; m < pixel + pixels; m += step) {
+    const int64_t now = smaller(step, pixel + pixels - m);
+    const float* h = hidden + (m - pixel) * p.hidden_stride;
+    for (int64_t g = panel_begin / count; g * count < panel_end; ++g) {
+      const int64_t channel = g * product.channels;
+      Pixels left = {h, product.depth, p.hidden_stride, 1, nullptr};
+      if (p.groups > 1) {
+        left.data = s.gathered, left.pixel_stride = gathered_stride(p);
+        for (int64_t i = 0; i < now; ++i)
+          interleave_streams<false>(h + i * p.hidden_stride, layout.stream_stride(p), p.groups, g * product.depth,
+                                    (g + 1) * product.depth, s.gathered + i * left.pixel_stride);
+      }
+      const Epilogue e = {product.of(g, p.project_weight, shared.project), p.project_clamp,
+                          p.residual.data ? at(p.residual, m) + channel : nullptr, p.residual.pixel_stride, false};
+      const Destination to = p.other.data ? Destination{s.result, p.out_channels, nullptr}
+                                          : Destination{at(p.out, m) + channel, p.out.pixel_stride, nullptr};
+      gemm(left, now, product.channels, larger(panel_begin - g * count, 0), smaller(panel_end - g * count, count), e, to);
+    }
+    if (p.other.data) {
+      const Panels panels(product.channels);
+      const int64_t from = panels.first_channel(panel_begin);
+      const int64_t to = panels.first_channel(panel_end - 1) + panels.valid(panel_end - 1);
+      for (int64_t i = 0; i < now; ++i) {
+        const float* const both[2] = {at(p.other, m + i), s.result + i * p.out_channels};
+        interleave_exact<2>(both, 2 * from, 2 * to, at(p.out, m + i) + 2 * from);
+      }
+    }
+  }
 }
 
 // The rows of the input that output rows [oy_begin, oy_end) read: up to *end.
-FASTBLOCKS_INLINE void input_rows(const InvertedResidualParams& p, int64_t oy_begin, int64_t oy_end, int64_t* begin,
-                                  int64_t* end) {
+FASTBLOCKS_INLINE void input_rows(const BlockParams& p, int64_t oy_begin, int64_t oy_end, int64_t* begin, int64_t* end) {
   *begin = larger(0, oy_begin * p.stride - p.padding);
   *end = larger(*begin, smaller(p.height, (oy_end - 1) * p.stride - p.padding + p.kernel));
 }
 
 // Output rows [oy_begin, oy_end) of one panel of expanded channels, into hidden: a few rows are expanded, then read at once.
 // Input rows below `expanded` are in the ring already.
-inline void block_slice(const InvertedResidualParams& p, const BlockShared& shared, const BlockScratch& s,
+inline void block_slice(const BlockParams& p, const BlockShared& shared, const BlockScratch& s,
                         DepthwiseRowFunction row_function, int64_t image, int64_t panel, float* ring, int64_t oy_begin,
                         int64_t oy_end, int64_t expanded, float* hidden) {
-  const Panels panels(p.hidden_channels);
+  const Hidden layout(p);
   for (int64_t oy = oy_begin; oy < oy_end; oy += p.step_rows) {
     const int64_t step_end = smaller(oy_end, oy + p.step_rows);
     int64_t iy, iy_end;
     input_rows(p, oy, step_end, &iy, &iy_end);
     block_expand(p, shared, s, image, panel, ring, larger(iy, expanded), iy_end);
     expanded = larger(expanded, iy_end);
-    block_depthwise(p, shared, s, row_function, image, panels.first_channel(panel), panels.width(panel) * kLanes, ring, oy,
-                    step_end, hidden + (oy - oy_begin) * p.out_width * p.hidden_stride);
+    block_depthwise(p, shared, s, row_function, image, layout.first(panel), layout.lanes(panel), ring, oy, step_end,
+                    hidden + (oy - oy_begin) * p.out_width * p.hidden_stride);
   }
 }
 
+inline void block_average(const BlockParams& p, int64_t image, int64_t begin, int64_t end) {
+  WindowPoolParams w{};
+  w.average = true;
+  w.height = p.height, w.width = p.width, w.channels = p.in_channels, w.out_width = p.out_width;
+  for (int i = 0; i < 2; ++i) w.kernel[i] = 3, w.stride[i] = p.stride, w.padding[i] = 1;
+  w.x = p.x, w.out = p.pooled;
+  pool_rows(w, image, begin, end);
+}
+
 inline void block_bands_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
-  const InvertedResidualParams& p = *static_cast<const InvertedResidualParams*>(params);
+  const BlockParams& p = *static_cast<const BlockParams*>(params);
   int64_t shared_floats;
   size_t bytes;
   const BlockShared shared = block_shared(p, &shared_floats);
   const BlockScratch s = block_scratch(p, memory, &bytes);
-  const Panels hidden_panels(p.hidden_channels), out_panels(p.out_channels);
-  const int64_t row_pixels = p.width + 2 * p.padding;
+  const Hidden layout(p);
+  const int64_t row_pixels = p.width + 2 * p.padding, out_panels = block_projection(p).panels();
   const DepthwiseRowFunction pair = depthwise_row_function(p.kernel, p.stride, 1, true);
   const DepthwiseRowFunction other = depthwise_row_function(p.kernel, p.stride, 1, false);
   if (p.expand_weight) {
     float* ring = s.ring;
-    for (int64_t panel = 0; panel < hidden_panels.count; ++panel)
-      ring = clear_ring(p, ring, hidden_panels.width(panel) * kLanes);
+    for (int64_t panel = 0; panel < layout.count(); ++panel) ring = clear_ring(p, ring, layout.lanes(panel));
   }
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / p.bands, band = item % p.bands;
@@ -174,10 +258,10 @@ inline void block_bands_run(const void* params, int64_t begin, int64_t end, char
       const int64_t oy_end = smaller(to, oy + p.chunk_rows);
       if (p.expand_weight) {
         float* ring = s.ring;
-        for (int64_t panel = 0; panel < hidden_panels.count; ++panel) {
-          const int64_t lanes = hidden_panels.width(panel) * kLanes;
-          block_slice(p, shared, s, hidden_panels.width(panel) == kPanelVectors ? pair : other, image, panel, ring, oy, oy_end,
-                      expanded, s.hidden);
+        for (int64_t panel = 0; panel < layout.count(); ++panel) {
+          const int64_t lanes = layout.lanes(panel);
+          block_slice(p, shared, s, lanes == kPanelVectors * kLanes ? pair : other, image, panel, ring, oy, oy_end, expanded,
+                      s.hidden);
           ring += ring_rows(p) * row_pixels * lanes;
         }
         int64_t iy;
@@ -185,44 +269,56 @@ inline void block_bands_run(const void* params, int64_t begin, int64_t end, char
       } else {
         block_depthwise(p, shared, s, other, image, 0, p.hidden_channels, nullptr, oy, oy_end, s.hidden);
       }
-      block_project(p, shared, image, oy * p.out_width, (oy_end - oy) * p.out_width, s.hidden, 0, out_panels.count);
+      if (p.pooled.data) block_average(p, image, oy, oy_end);
+      block_project(p, shared, s, image, oy * p.out_width, (oy_end - oy) * p.out_width, s.hidden, 0, out_panels);
     }
   }
 }
 
 inline void block_slices_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
-  const InvertedResidualParams& p = *static_cast<const InvertedResidualParams*>(params);
+  const BlockParams& p = *static_cast<const BlockParams*>(params);
   int64_t shared_floats;
   size_t bytes;
   const BlockShared shared = block_shared(p, &shared_floats);
   const BlockScratch s = block_scratch(p, memory, &bytes);
-  const Panels panels(p.hidden_channels);
+  const Hidden layout(p);
   const DepthwiseRowFunction pair = depthwise_row_function(p.kernel, p.stride, 1, true);
   const DepthwiseRowFunction other = depthwise_row_function(p.kernel, p.stride, 1, false);
+  const int64_t slices = layout.count(), items = slices + p.pool_items;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t image = item / panels.count, panel = item % panels.count, lanes = panels.width(panel) * kLanes;
+    const int64_t image = item / items, panel = item % items;
     float* hidden = shared.hidden + image * p.out_height * p.out_width * p.hidden_stride;
-    clear_ring(p, s.ring, lanes);
-    block_slice(p, shared, s, panels.width(panel) == kPanelVectors ? pair : other, image, panel, s.ring, 0, p.out_height, 0,
-                hidden);
+    if (panel >= slices) {
+      const int64_t part = panel - slices;
+      block_average(p, image, part * p.out_height / p.pool_items, (part + 1) * p.out_height / p.pool_items);
+    } else if (p.expand_weight) {
+      const int64_t lanes = layout.lanes(panel);
+      clear_ring(p, s.ring, lanes);
+      block_slice(p, shared, s, lanes == kPanelVectors * kLanes ? pair : other, image, panel, s.ring, 0, p.out_height, 0,
+                  hidden);
+    } else {
+      block_depthwise(p, shared, s, other, image, layout.first(panel), layout.valid(panel), nullptr, 0, p.out_height, hidden);
+    }
   }
 }
 
-inline void block_project_run(const void* params, int64_t begin, int64_t end, char*) noexcept {
-  const InvertedResidualParams& p = *static_cast<const InvertedResidualParams*>(params);
+inline void block_project_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
+  const BlockParams& p = *static_cast<const BlockParams*>(params);
   int64_t shared_floats;
+  size_t bytes;
   const BlockShared shared = block_shared(p, &shared_floats);
-  const int64_t map = p.out_height * p.out_width, panel_count = Panels(p.out_channels).count;
+  const BlockScratch s = block_scratch(p, memory, &bytes);
+  const int64_t map = p.out_height * p.out_width, panel_count = block_projection(p).panels();
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / (p.pixel_blocks * p.panel_blocks), rest = item % (p.pixel_blocks * p.panel_blocks);
     const int64_t pixel = rest % p.pixel_blocks * p.pixel_block, panel = rest / p.pixel_blocks * p.panel_block;
-    block_project(p, shared, image, pixel, smaller(p.pixel_block, map - pixel),
+    block_project(p, shared, s, image, pixel, smaller(p.pixel_block, map - pixel),
                   shared.hidden + (image * map + pixel) * p.hidden_stride, panel, smaller(panel + p.panel_block, panel_count));
   }
 }
 
 // Output rows a step: as many as keep one panel's ring in L1. Output rows a chunk: as many as keep the hidden channels in L2.
-FASTBLOCKS_INLINE void choose_rows(InvertedResidualParams& p, bool slices) {
+FASTBLOCKS_INLINE void choose_rows(BlockParams& p, bool slices) {
   const int64_t ring_floats = 5 * 1024, hidden_floats = 80 * 1024;
   const int64_t row_floats = (p.width + 2 * p.padding) * kPanelVectors * kLanes;
   const int64_t chunk = smaller(p.out_height, larger(1, hidden_floats / (p.out_width * p.hidden_stride)));
@@ -233,26 +329,32 @@ FASTBLOCKS_INLINE void choose_rows(InvertedResidualParams& p, bool slices) {
 }
 
 inline void block_prepare(void* params, int threads, Work* work) {
-  InvertedResidualParams& p = *static_cast<InvertedResidualParams*>(params);
-  const Panels hidden_panels(p.hidden_channels), out_panels(p.out_channels);
+  BlockParams& p = *static_cast<BlockParams*>(params);
+  const Hidden layout(p);
   // An odd number of cache lines a pixel: the pixels of a column then spread over all sets of the cache.
-  p.hidden_stride = (divide_up(p.hidden_channels, 16) | 1) * 16;
+  p.hidden_stride = (divide_up(layout.padded(), 16) | 1) * 16;
   const bool whole_images = threads == 1 || p.images % threads == 0 || p.images >= 4 * threads;
-  const bool slices = !whole_images && p.expand_weight && p.out_height * p.out_width < 28 * 28;
+  const bool slices = !whole_images && p.out_height * p.out_width < 28 * 28;
   p.bands = slices ? 0 : whole_images ? 1 : smaller(p.out_height, threads);
   choose_rows(p, slices);
-  p.pixel_block = 0;
-  p.fold_expand = p.expand_weight && fold_pays(p.images * p.height * p.width, p.in_channels);
-  p.fold_project = fold_pays(p.images * p.out_height * p.out_width, p.hidden_channels);
+  p.pixel_block = 0, p.pool_items = 0;
+  p.fold_expand = p.expand_weight && fold_pays(p.images * p.height * p.width, p.in_channels / p.expand_groups);
+  p.fold_project = fold_pays(p.images * p.out_height * p.out_width, p.hidden_channels / p.groups);
   int64_t floats;
   block_shared(p, &floats);
   if (slices) {
-    cut_product(p.out_height * p.out_width, p.hidden_channels, out_panels.count, threads, &p.pixel_block, &p.pixel_blocks,
-                &p.panel_block, &p.panel_blocks);
+    const GroupedProduct product = block_projection(p);
+    // A group is projected whole: its operand is laid out once.
+    const int64_t unit = p.groups > 1 ? product.panels() / p.groups : 1;
+    cut_product(p.out_height * p.out_width, p.hidden_channels, product.panels() / unit, threads, &p.pixel_block,
+                &p.pixel_blocks, &p.panel_block, &p.panel_blocks);
+    p.panel_block *= unit;
+    p.pool_items = p.pooled.data ? threads : 0;
     work->count = 2;
-    work->phases[0] = {block_slices_run, &p, p.images * hidden_panels.count};
+    work->phases[0] = {block_slices_run, &p, p.images * (layout.count() + p.pool_items)};
     work->phases[1] = {block_project_run, &p, p.images * p.pixel_blocks * p.panel_blocks};
-    floats += p.images * p.out_height * p.out_width * p.hidden_stride;
+    // interleaving reads whole vectors
+    floats += p.images * p.out_height * p.out_width * p.hidden_stride + 16;
   } else {
     work->count = 1;
     work->phases[0] = {block_bands_run, &p, p.images * p.bands};
@@ -262,13 +364,39 @@ inline void block_prepare(void* params, int threads, Work* work) {
   block_scratch(p, nullptr, &work->worker_bytes);
 }
 
+// The taps of the depthwise convolution in the order of the hidden channels, multiplied by the BatchNorm's scale; see
+// fold_depthwise.
+inline void fold_shuffled_depthwise(const BlockParams& p, float* out) {
+  const Hidden layout(p);
+  const int64_t taps = p.kernel * p.kernel, from = round_up(p.hidden_channels, kLanes), padded = layout.padded();
+  const int64_t n = p.hidden_channels / p.groups;
+  const BatchNorm& norm = p.depthwise_norm;
+  __builtin_memset(out, 0, padded * (taps + 1) * sizeof(float));
+  for (int64_t section = 0; section < layout.sections; ++section)
+    for (int64_t j = 0; j < layout.channels; ++j) {
+      const int64_t made = section * layout.channels + j, c = made % n * p.groups + made / n;
+      float* to = out + section * layout.panels.padded() + j;
+      float scale = 1.0f, shift = norm.conv_bias ? norm.conv_bias[c] : 0.0f;
+      if (norm.mean) {
+        scale = 1.0f / __builtin_sqrtf(norm.var[c] + norm.eps);
+        if (norm.weight) scale *= norm.weight[c];
+        shift = (shift - norm.mean[c]) * scale + (norm.bias ? norm.bias[c] : 0.0f);
+      }
+      *to = shift;
+      for (int64_t tap = 0; tap < taps; ++tap) to[(tap + 1) * padded] = p.depthwise_weight[tap * from + c] * scale;
+    }
+}
+
 inline void block_begin(void* params) {
-  InvertedResidualParams& p = *static_cast<InvertedResidualParams*>(params);
+  BlockParams& p = *static_cast<BlockParams*>(params);
   int64_t floats;
   const BlockShared s = block_shared(p, &floats);
-  if (p.expand_weight) fold_product(p.expand_norm, p.expand_weight, p.hidden_channels, p.in_channels, p.fold_expand, s.expand);
-  fold_depthwise(p.depthwise_norm, p.depthwise_weight, p.hidden_channels, p.kernel * p.kernel, s.depthwise);
-  fold_product(p.project_norm, p.project_weight, p.out_channels, p.hidden_channels, p.fold_project, s.project);
+  if (p.expand_weight) block_expansion(p).begin(p.expand_norm, p.expand_weight, s.expand);
+  if (p.groups == 1)
+    fold_depthwise(p.depthwise_norm, p.depthwise_weight, p.hidden_channels, p.kernel * p.kernel, s.depthwise);
+  else
+    fold_shuffled_depthwise(p, s.depthwise);
+  block_projection(p).begin(p.project_norm, p.project_weight, s.project);
 }
 
 }  // namespace FASTBLOCKS_LEVEL

@@ -84,6 +84,31 @@ inline void fold_product(const BatchNorm& norm, const float* packed, int64_t cha
   }
 }
 
+// `groups` products in a row: the packed weights, and the memory of their BatchNorms, follow each other. channels and depth are
+// those of one group.
+struct GroupedProduct {
+  int64_t groups, channels, depth;
+  bool fold;
+
+  int64_t floats() const { return groups * folded_product_floats(channels, depth, fold); }
+  int64_t packed_floats() const { return Panels(channels).padded() * depth; }
+  int64_t panels() const { return groups * Panels(channels).count; }
+  FoldedProduct of(int64_t group, const float* packed, const float* memory) const {
+    return folded_product(packed + group * packed_floats(), channels, fold,
+                          memory + group * folded_product_floats(channels, depth, fold));
+  }
+  void begin(const BatchNorm& norm, const float* packed, float* memory) const {
+    const auto at = [](const float* values, int64_t channel) { return values ? values + channel : nullptr; };
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t c = g * channels;
+      const BatchNorm part = {at(norm.conv_bias, c), at(norm.mean, c), at(norm.var, c),
+                              at(norm.weight, c),    at(norm.bias, c), norm.eps};
+      fold_product(part, packed + g * packed_floats(), channels, depth, fold,
+                   memory + g * folded_product_floats(channels, depth, fold));
+    }
+  }
+};
+
 // What happens to a finished sum.
 struct Epilogue {
   FoldedProduct product;
@@ -171,7 +196,8 @@ FASTBLOCKS_INLINE void tile_step(Vec (&sum)[M][V], const float* const (&a)[(M + 
 }
 
 // One run, eight steps at a time and the rest by 4, 2 and 1: a loop of single steps would end in a branch that is predicted
-// wrongly at every tile. kShort: four steps at a time, which is slower and half the code. Returns where the next run's weights begin.
+// wrongly at every tile. kShort: four steps at a time, which is slower and half the code. Returns where the next run's weights
+// begin.
 template <int M, int V, bool kShort>
 FASTBLOCKS_INLINE const float* tile_sum(Vec (&sum)[M][V], const float* first, int64_t a_stride, const float* w,
                                         int64_t run_length) {

@@ -50,8 +50,11 @@ struct Work {
   float** shared;       // where its address goes; null: none is needed
 };
 
+// A 1x1 convolution: `groups` products, each of its own part of the input's and of the output's channels.
 struct PointwiseParams {
   int64_t pixels, in_channels, out_channels;
+  int64_t groups;
+  int64_t shuffle;  // groups of the channel shuffle of the output; 1: none
   const float* x;
   int64_t x_stride;  // pixel stride
   const float* packed_weight;
@@ -94,21 +97,27 @@ struct ConvParams {
   int64_t bands;
 };
 
-struct InvertedResidualParams {
+// The block of all four networks: [1x1 convolution], depthwise convolution, 1x1 convolution, and how their result meets the
+// input.
+struct BlockParams {
   int64_t images, height, width, in_channels, hidden_channels, out_channels, out_height, out_width;
   int64_t kernel, stride, padding;
+  // Groups of the projection and of the shuffle in front of the depthwise convolution; groups of the expansion, 1 or the same.
+  int64_t groups, expand_groups;
   Image x;                     // row_stride = width * pixel_stride
   const float* expand_weight;  // null: no expansion, hidden_channels = in_channels
   const float* depthwise_weight;
   const float* project_weight;
   BatchNorm expand_norm, depthwise_norm, project_norm;
-  Clamp clamp;  // after the expansion and the depthwise convolution
-  bool residual;
-  Image out;  // row_stride = out_width * pixel_stride
+  Clamp expand_clamp, depthwise_clamp, project_clamp;
+  Image residual;  // is added before the last clamp; data null: none
+  Image other;     // takes the even channels of the output, and the block's result the odd ones; data null: none
+  Image pooled;    // where x goes, averaged over 3x3 windows of the same stride; data null: nowhere
+  Image out;       // row_stride = out_width * pixel_stride
   float* shared;
   // set by prepare
   bool fold_expand, fold_project;
-  int64_t bands, chunk_rows, step_rows, hidden_stride, pixel_block, pixel_blocks, panel_block, panel_blocks;
+  int64_t bands, chunk_rows, step_rows, hidden_stride, pixel_block, pixel_blocks, panel_block, panel_blocks, pool_items;
 };
 
 struct PoolParams {
@@ -117,6 +126,28 @@ struct PoolParams {
   int64_t image_stride, pixel_stride;
   float* out;
   int64_t channel_block, channel_blocks;
+};
+
+// Pooling over windows: the mean over all of each window (padding counts as zeros), or the largest value inside the map.
+struct WindowPoolParams {
+  bool average;
+  int64_t images, height, width, channels, out_height, out_width;
+  int64_t kernel[2], stride[2], padding[2];
+  Image x, out;
+  int64_t bands;
+};
+
+// A permutation of channels, with a concat before it and a split behind it: the channels of the inputs, one input's after the
+// other's, are shuffled in `groups` groups and dealt to the outputs.
+struct ShuffleParams {
+  int64_t images, pixels, groups, channels;  // of all inputs together, a pixel
+  bool planar;                               // NCHW: pixels of a plane are dense, pixel_stride is that between planes
+  struct Part {
+    float* data;
+    int64_t image_stride, pixel_stride, channels;
+  } in[2], out[2];
+  int in_count, out_count;
+  int64_t block, blocks;
 };
 
 }  // namespace fastblocks

@@ -1,23 +1,55 @@
-// Pointwise (1x1) convolution + BatchNorm [+ residual] + activation: on NHWC data it is a matrix product without any movement.
+// Pointwise (1x1) convolution + BatchNorm [+ residual] + activation [+ channel shuffle]: on NHWC data it is a matrix product
+// without any movement, or one a group.
 #pragma once
 
 #include "gemm-inl.h"
+#include "shuffle-inl.h"
 
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
 
-inline void pointwise_run(const void* params, int64_t begin, int64_t end, char*) noexcept {
+FASTBLOCKS_INLINE GroupedProduct pointwise_product(const PointwiseParams& p) {
+  return {p.groups, p.out_channels / p.groups, p.in_channels / p.groups, p.fold};
+}
+
+// Pixels that go through the scratch of a shuffle at a time: they stay in L1.
+FASTBLOCKS_INLINE int64_t shuffle_pixels(int64_t channels) { return larger(6, 6 * 1024 / larger(channels, 1)); }
+
+// Pixels [m, m + pixels) of the panels [begin, end), counted over all groups.
+inline void pointwise_block(const PointwiseParams& p, int64_t m, int64_t pixels, int64_t begin, int64_t end,
+                            const Destination& to) {
+  const GroupedProduct product = pointwise_product(p);
+  const int64_t count = Panels(product.channels).count;
+  for (int64_t g = begin / count; g * count < end; ++g) {
+    const int64_t channel = g * product.channels;
+    const Pixels left = {p.x + m * p.x_stride + g * product.depth, product.depth, p.x_stride, 1, nullptr};
+    const Epilogue e = {product.of(g, p.packed_weight, p.shared), p.clamp,
+                        p.residual ? p.residual + m * p.residual_stride + channel : nullptr, p.residual_stride, false};
+    gemm(left, pixels, product.channels, larger(begin - g * count, 0), smaller(end - g * count, count), e,
+         {to.data + channel, to.pixel_stride, nullptr});
+  }
+}
+
+inline void pointwise_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
   const PointwiseParams& p = *static_cast<const PointwiseParams*>(params);
-  const Panels panels(p.out_channels);
+  const int64_t panel_count = pointwise_product(p).panels();
   for (int64_t item = begin; item < end; ++item) {
     // Neighbouring items share the weights, which are the larger operand where they are not in cache.
-    const int64_t m = item % p.pixel_blocks * p.pixel_block, panel = item / p.pixel_blocks * p.panel_block;
-    const int64_t pixels = smaller(p.pixel_block, p.pixels - m);
-    const Pixels left = {p.x + m * p.x_stride, p.in_channels, p.x_stride, 1, nullptr};
-    const Epilogue e = {folded_product(p.packed_weight, p.out_channels, p.fold, p.shared), p.clamp,
-                        p.residual ? p.residual + m * p.residual_stride : nullptr, p.residual_stride, false};
-    const Destination to = {p.out + m * p.out_stride, p.out_stride, nullptr};
-    gemm(left, pixels, p.out_channels, panel, smaller(panel + p.panel_block, panels.count), e, to);
+    const int64_t first = item % p.pixel_blocks * p.pixel_block, panel = item / p.pixel_blocks * p.panel_block;
+    const int64_t limit = smaller(first + p.pixel_block, p.pixels), panel_end = smaller(panel + p.panel_block, panel_count);
+    if (p.shuffle == 1) {
+      pointwise_block(p, first, limit - first, panel, panel_end, {p.out + first * p.out_stride, p.out_stride, nullptr});
+      continue;
+    }
+    const int64_t step = shuffle_pixels(p.out_channels);
+    float* scratch = reinterpret_cast<float*>(memory);
+    for (int64_t m = first; m < limit; m += step) {
+      const int64_t pixels = smaller(step, limit - m);
+      pointwise_block(p, m, pixels, 0, panel_count, {scratch, p.out_channels, nullptr});
+      for (int64_t i = 0; i < pixels; ++i)
+        interleave_streams<true>(scratch + i * p.out_channels, p.out_channels / p.shuffle, p.shuffle, 0, p.out_channels,
+                                 p.out + (m + i) * p.out_stride);
+    }
   }
 }
 
@@ -46,20 +78,26 @@ inline void cut_product(int64_t pixels, int64_t depth, int64_t panel_count, int 
 
 inline void pointwise_prepare(void* params, int threads, Work* work) {
   PointwiseParams& p = *static_cast<PointwiseParams*>(params);
-  const Panels panels(p.out_channels);
+  p.fold = fold_pays(p.pixels, p.in_channels / p.groups);
+  const GroupedProduct product = pointwise_product(p);
   int64_t panel_blocks;
-  cut_product(p.pixels, p.in_channels, panels.count, threads, &p.pixel_block, &p.pixel_blocks, &p.panel_block, &panel_blocks);
+  // A shuffled pixel is written whole.
+  const int64_t panels = p.shuffle == 1 ? product.panels() : 1;
+  cut_product(p.pixels, p.in_channels, panels, threads, &p.pixel_block, &p.pixel_blocks, &p.panel_block, &panel_blocks);
+  if (p.shuffle != 1 && threads > 1) {
+    p.pixel_block = divide_up(p.pixels, larger(p.pixel_blocks, smaller(p.pixels, 4 * (int64_t)threads)));
+    p.pixel_blocks = divide_up(p.pixels, p.pixel_block);
+  }
   work->count = 1;
   work->phases[0] = {pointwise_run, &p, p.pixel_blocks * panel_blocks};
-  work->worker_bytes = 0;
-  p.fold = fold_pays(p.pixels, p.in_channels);
-  work->shared_bytes = folded_product_floats(p.out_channels, p.in_channels, p.fold) * sizeof(float);
+  work->worker_bytes = p.shuffle == 1 ? 0 : (shuffle_pixels(p.out_channels) * p.out_channels + 16) * sizeof(float);
+  work->shared_bytes = product.floats() * sizeof(float);
   work->shared = &p.shared;
 }
 
 inline void pointwise_begin(void* params) {
   PointwiseParams& p = *static_cast<PointwiseParams*>(params);
-  fold_product(p.norm, p.packed_weight, p.out_channels, p.in_channels, p.fold, p.shared);
+  pointwise_product(p).begin(p.norm, p.packed_weight, p.shared);
 }
 
 }  // namespace FASTBLOCKS_LEVEL

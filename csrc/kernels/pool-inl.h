@@ -1,4 +1,4 @@
-// Global average pooling: the mean of all pixels of each channel.
+// Pooling: global (the mean of all pixels of each channel), and over windows (mean or maximum).
 #pragma once
 
 #include "../vec.h"
@@ -46,6 +46,69 @@ inline void pool_prepare(void* params, int threads, Work* work) {
   p.channel_blocks = divide_up(p.channels, p.channel_block);
   work->count = 1;
   work->phases[0] = {pool_run, &p, p.images * p.channel_blocks};
+  work->worker_bytes = 0;
+  work->shared_bytes = 0;
+  work->shared = nullptr;
+}
+
+// max(a, b) that is NaN where either is, as torch's max-pool has it.
+FASTBLOCKS_INLINE Vec larger_or_nan(Vec a, Vec b) {
+  const Vec most = at_least(a, b);  // b where either is NaN
+  return a != a ? a : most;
+}
+
+struct PoolWindow {
+  const float* x;  // the first pixel inside the map
+  int64_t rows, columns, row_stride, pixel_stride;
+  bool average;
+  float divisor;
+};
+
+FASTBLOCKS_INLINE Vec pool_vector(const PoolWindow& w, int64_t c, int lanes) {
+  const auto value = [&](int64_t y, int64_t x) __attribute__((always_inline)) {
+    const float* at = w.x + y * w.row_stride + x * w.pixel_stride + c;
+    return lanes == kLanes ? load(at) : load_partial(at, lanes);
+  };
+  Vec result = w.average ? Vec{} : broadcast(-__builtin_inff());
+  for (int64_t y = 0; y < w.rows; ++y)
+    for (int64_t x = 0; x < w.columns; ++x) {
+      const Vec v = value(y, x);
+      result = w.average ? result + v : larger_or_nan(result, v);
+    }
+  return w.average ? result / w.divisor : result;
+}
+
+// Output rows [begin, end) of one image.
+inline void pool_rows(const WindowPoolParams& p, int64_t image, int64_t begin, int64_t end) {
+  PoolWindow w = {nullptr, 0, 0, p.x.row_stride, p.x.pixel_stride, p.average, (float)(p.kernel[0] * p.kernel[1])};
+  for (int64_t oy = begin; oy < end; ++oy) {
+    const int64_t top = oy * p.stride[0] - p.padding[0], y = larger(top, 0);
+    w.rows = smaller(top + p.kernel[0], p.height) - y;
+    float* out = p.out.data + image * p.out.image_stride + oy * p.out.row_stride;
+    for (int64_t ox = 0; ox < p.out_width; ++ox, out += p.out.pixel_stride) {
+      const int64_t left = ox * p.stride[1] - p.padding[1], x = larger(left, 0);
+      w.columns = smaller(left + p.kernel[1], p.width) - x;
+      w.x = p.x.data + image * p.x.image_stride + y * p.x.row_stride + x * p.x.pixel_stride;
+      int64_t c = 0;
+      for (; c + kLanes <= p.channels; c += kLanes) store(out + c, pool_vector(w, c, kLanes));
+      if (c < p.channels) store_partial(out + c, (int)(p.channels - c), pool_vector(w, c, (int)(p.channels - c)));
+    }
+  }
+}
+
+inline void window_pool_run(const void* params, int64_t begin, int64_t end, char*) noexcept {
+  const WindowPoolParams& p = *static_cast<const WindowPoolParams*>(params);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / p.bands, band = item % p.bands;
+    pool_rows(p, image, band * p.out_height / p.bands, (band + 1) * p.out_height / p.bands);
+  }
+}
+
+inline void window_pool_prepare(void* params, int threads, Work* work) {
+  WindowPoolParams& p = *static_cast<WindowPoolParams*>(params);
+  p.bands = threads > 1 ? smaller(p.out_height, divide_up(4 * (int64_t)threads, p.images)) : 1;
+  work->count = 1;
+  work->phases[0] = {window_pool_run, &p, p.images * p.bands};
   work->worker_bytes = 0;
   work->shared_bytes = 0;
   work->shared = nullptr;
