@@ -98,7 +98,7 @@ FASTBLOCKS_INLINE BlockScratch block_scratch(const BlockParams& p, char* memory,
   s.gathered = next + 16;  // interleaving begins a little before
   if (p.groups > 1) next += chunk_pixels * gathered_stride(p) + 2 * 16 + kMostStreams * kLanes;
   s.result = next;
-  if (p.other.data) next += shuffle_pixels(p.out_channels) * p.out_channels + 16;
+  if (p.other.data) next += shuffle_pixels(p.out_channels) * round_up(p.out_channels, kLanes) + 16;
   *bytes = (char*)next - memory;
   return s;
 }
@@ -130,8 +130,8 @@ inline void block_expand(const BlockParams& p, const BlockShared& shared, const 
   }
 }
 
-// Depthwise rows [oy_begin, oy_end) of `lanes` channels from the place `channel` on, into hidden (whose row oy_begin stands
-// first). ring is null where there is no expansion: the input is read in place.
+// Depthwise rows [oy_begin, oy_end) of `lanes` channels from the place `channel` on, into hidden (whose row oy_begin stands first).
+// ring is null where there is no expansion: the input is read in place.
 inline void block_depthwise(const BlockParams& p, const BlockShared& shared, const BlockScratch& s,
                             DepthwiseRowFunction row_function, int64_t image, int64_t channel, int64_t lanes, const float* ring,
                             int64_t oy_begin, int64_t oy_end, float* hidden) {
@@ -169,10 +169,11 @@ FASTBLOCKS_INLINE float* clear_ring(const BlockParams& p, float* ring, int64_t l
 // Pixels [pixel, pixel + pixels) of one image of the projection's panels [panel_begin, panel_end), counted over all groups.
 // hidden is that of the first pixel.
 inline void block_project(const BlockParams& p, const BlockShared& shared, const BlockScratch& s, int64_t image, int64_t pixel,
-                          int64_t pixels, const float* hidden, int64_t panel_begin, int64_t panel_end) {
+                          int64_t pixels, const float* hidden, int64_t panel_begin, int64_t panel_end, Range soon) {
   const GroupedProduct product = block_projection(p);
   const Hidden layout(p);
   const int64_t count = Panels(product.channels).count, step = project_pixels(p);
+  const int64_t result_stride = round_up(p.out_channels, kLanes);
   const auto at = [&](const Image& i, int64_t m) { return i.data + image * i.image_stride + m * i.pixel_stride; };
   for (int64_t m = pixel; m < pixel + pixels; m += step) {
     const int64_t now = smaller(step, pixel + pixels - m);
@@ -187,17 +188,20 @@ inline void block_project(const BlockParams& p, const BlockShared& shared, const
                                     (g + 1) * product.depth, s.gathered + i * left.pixel_stride);
       }
       const Epilogue e = {product.of(g, p.project_weight, shared.project), p.project_clamp,
-                          p.residual.data ? at(p.residual, m) + channel : nullptr, p.residual.pixel_stride, false};
-      const Destination to = p.other.data ? Destination{s.result, p.out_channels, nullptr}
+                          p.residual.data ? at(p.residual, m) + channel : nullptr, p.residual.pixel_stride,
+                          p.other.data != nullptr};
+      const Destination to = p.other.data ? Destination{s.result, result_stride, nullptr}
                                           : Destination{at(p.out, m) + channel, p.out.pixel_stride, nullptr};
-      gemm(left, now, product.channels, larger(panel_begin - g * count, 0), smaller(panel_end - g * count, count), e, to);
+      gemm(left, now, product.channels, larger(panel_begin - g * count, 0), smaller(panel_end - g * count, count), e, to,
+           soon.part(g, p.groups));
     }
+    soon = {};
     if (p.other.data) {
       const Panels panels(product.channels);
       const int64_t from = panels.first_channel(panel_begin);
       const int64_t to = panels.first_channel(panel_end - 1) + panels.valid(panel_end - 1);
       for (int64_t i = 0; i < now; ++i) {
-        const float* const both[2] = {at(p.other, m + i), s.result + i * p.out_channels};
+        const float* const both[2] = {at(p.other, m + i), s.result + i * result_stride};
         interleave_exact<2>(both, 2 * from, 2 * to, at(p.out, m + i) + 2 * from);
       }
     }
@@ -270,7 +274,15 @@ inline void block_bands_run(const void* params, int64_t begin, int64_t end, char
         block_depthwise(p, shared, s, other, image, 0, p.hidden_channels, nullptr, oy, oy_end, s.hidden);
       }
       if (p.pooled.data) block_average(p, image, oy, oy_end);
-      block_project(p, shared, s, image, oy * p.out_width, (oy_end - oy) * p.out_width, s.hidden, 0, out_panels);
+      // The rows of the next chunk come nearer while this one is projected.
+      Range soon{};
+      if (oy_end < to) {
+        int64_t now_begin, now_end, next_begin, next_end;
+        input_rows(p, oy, oy_end, &now_begin, &now_end);
+        input_rows(p, oy_end, smaller(to, oy_end + p.chunk_rows), &next_begin, &next_end);
+        soon = {p.x.data + image * p.x.image_stride + now_end * p.x.row_stride, (next_end - now_end) * p.x.row_stride};
+      }
+      block_project(p, shared, s, image, oy * p.out_width, (oy_end - oy) * p.out_width, s.hidden, 0, out_panels, soon);
     }
   }
 }
@@ -313,7 +325,8 @@ inline void block_project_run(const void* params, int64_t begin, int64_t end, ch
     const int64_t image = item / (p.pixel_blocks * p.panel_blocks), rest = item % (p.pixel_blocks * p.panel_blocks);
     const int64_t pixel = rest % p.pixel_blocks * p.pixel_block, panel = rest / p.pixel_blocks * p.panel_block;
     block_project(p, shared, s, image, pixel, smaller(p.pixel_block, map - pixel),
-                  shared.hidden + (image * map + pixel) * p.hidden_stride, panel, smaller(panel + p.panel_block, panel_count));
+                  shared.hidden + (image * map + pixel) * p.hidden_stride, panel, smaller(panel + p.panel_block, panel_count),
+                  {});
   }
 }
 
@@ -321,7 +334,10 @@ inline void block_project_run(const void* params, int64_t begin, int64_t end, ch
 FASTBLOCKS_INLINE void choose_rows(BlockParams& p, bool slices) {
   const int64_t ring_floats = 5 * 1024, hidden_floats = 80 * 1024;
   const int64_t row_floats = (p.width + 2 * p.padding) * kPanelVectors * kLanes;
-  const int64_t chunk = smaller(p.out_height, larger(1, hidden_floats / (p.out_width * p.hidden_stride)));
+  // Without an expansion the next chunk's input is of the size of this one's hidden channels, and shares the cache with them.
+  const int64_t next_floats = p.expand_weight ? 0 : p.stride * p.width * p.in_channels;
+  const int64_t chunk_floats = p.out_width * p.hidden_stride + next_floats;
+  const int64_t chunk = smaller(p.out_height, larger(1, hidden_floats / chunk_floats));
   p.chunk_rows = divide_up(p.out_height, divide_up(p.out_height, chunk));  // chunks of equal height
   const int64_t limit = slices ? p.out_height : p.chunk_rows;
   const int64_t step = larger(1, (ring_floats / row_floats - p.kernel) / p.stride + 1);

@@ -143,6 +143,18 @@ struct Ahead {
   int64_t floats;     // a tile
 };
 
+// Memory that is needed soon, and its part `index` of `count` equal ones.
+struct Range {
+  const float* data;  // null: none
+  int64_t floats;
+
+  Range part(int64_t index, int64_t count) const {
+    if (!data) return {nullptr, 0};
+    const int64_t share = divide_up(floats, count);
+    return {data + index * share, share};
+  }
+};
+
 FASTBLOCKS_INLINE void fetch(Ahead& ahead) {
   if (!ahead.next) return;
   for (int64_t i = 0; i < ahead.floats; i += 16) __builtin_prefetch(ahead.next + i);
@@ -340,7 +352,7 @@ FASTBLOCKS_INLINE const TileFunctions& tile_functions(int64_t pixels, int vector
   return Tiles<1>::table[pixels - 1];
 }
 
-inline void gemm_panel(TileRun t, int64_t pixels, int vectors) {
+inline void gemm_panel(TileRun t, int64_t pixels, int vectors, const Range& soon) {
   const bool plain = t.valid == vectors * kLanes && (t.scale ? !t.a.run_offsets : !t.residual);
   const Finish finish = !plain            ? Finish::kAny
                         : t.residual      ? Finish::kResidual
@@ -350,17 +362,21 @@ inline void gemm_panel(TileRun t, int64_t pixels, int vectors) {
   // 5 x 2 accumulators lose less between tiles than 6 x 2, which only a long sum repays.
   const int most = max_tile_pixels(vectors) - (kRegisters == 16 && vectors == 2 && t.a.depth() <= 32);
   const int64_t tiles = divide_up(pixels, most), base = pixels / tiles, extra = pixels % tiles;
-  if (pixels > kFewPixels && pixels <= kFetchPixels) {
+  const auto a_tile = [tiles](int64_t floats) { return round_up(divide_up(floats, tiles), 16); };
+  if (soon.data) {
+    t.ahead = {soon.data, a_tile(soon.floats)};
+  } else if (pixels > kFewPixels && pixels <= kFetchPixels) {
     const int64_t floats = t.a.depth() * vectors * kLanes;
-    t.ahead = {t.w + floats, round_up(divide_up(floats, tiles), 16)};
+    t.ahead = {t.w + floats, a_tile(floats)};
   }
   if (extra) tile_functions(base + 1, vectors).by_finish[(int)finish](t, extra);
   tile_functions(base, vectors).by_finish[(int)finish](t, tiles - extra);
 }
 
-// Panels [panel_begin, panel_end) of the product; the epilogue's pointers and `to` are those of channel 0.
+// Panels [panel_begin, panel_end) of the product; the epilogue's pointers and `to` are those of channel 0. What is needed soon is
+// fetched on the way.
 inline void gemm(const Pixels& a, int64_t pixels, int64_t out_channels, int64_t panel_begin, int64_t panel_end,
-                 const Epilogue& e, const Destination& to) {
+                 const Epilogue& e, const Destination& to, const Range& soon = {}) {
   if (pixels == 0) return;
   const Panels panels(out_channels);
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
@@ -376,7 +392,7 @@ inline void gemm(const Pixels& a, int64_t pixels, int64_t out_channels, int64_t 
                  e.clamp,
                  e.pad_channels ? width * kLanes : panels.valid(panel),
                  {nullptr, 0}};
-    gemm_panel(t, pixels, width);
+    gemm_panel(t, pixels, width, soon.part(panel - panel_begin, panel_end - panel_begin));
   }
 }
 
