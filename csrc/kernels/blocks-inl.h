@@ -233,11 +233,10 @@ inline void block_slice(const BlockParams& p, const BlockShared& shared, const B
 
 inline void block_average(const BlockParams& p, int64_t image, int64_t begin, int64_t end) {
   WindowPoolParams w{};
-  w.average = true;
   w.height = p.height, w.width = p.width, w.channels = p.in_channels, w.out_width = p.out_width;
   for (int i = 0; i < 2; ++i) w.kernel[i] = 3, w.stride[i] = p.stride, w.padding[i] = 1;
   w.x = p.x, w.out = p.pooled;
-  pool_rows(w, image, begin, end);
+  pool_rows<true>(w, image, begin, end);
 }
 
 inline void block_bands_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {

@@ -285,6 +285,12 @@ inline void tile_run(TileRun& state, int64_t tiles) {
 #pragma GCC unroll 32
       for (int m = 0; m < M; ++m) sum[m][v] = start;
     }
+    if (kFinish == Finish::kFolded && residual) {
+#pragma GCC unroll 32
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 3
+        for (int v = 0; v < V; ++v) sum[m][v] += load(residual + m * t.residual_stride + v * kLanes);
+    }
     if (kFinish == Finish::kFoldedRuns || (kAny && t.a.run_offsets)) {
       const float* w = t.w;
       for (int64_t run = 0; run < t.a.run_count; ++run)
@@ -353,12 +359,12 @@ FASTBLOCKS_INLINE const TileFunctions& tile_functions(int64_t pixels, int vector
 }
 
 inline void gemm_panel(TileRun t, int64_t pixels, int vectors, const Range& soon) {
-  const bool plain = t.valid == vectors * kLanes && (t.scale ? !t.a.run_offsets : !t.residual);
+  const bool plain = t.valid == vectors * kLanes && !(t.a.run_offsets && (t.scale || t.residual));
   const Finish finish = !plain            ? Finish::kAny
-                        : t.residual      ? Finish::kResidual
-                        : t.scale         ? Finish::kScaled
                         : t.a.run_offsets ? Finish::kFoldedRuns
-                                          : Finish::kFolded;
+                        : !t.scale        ? Finish::kFolded  // a residual is where its sums begin
+                        : t.residual      ? Finish::kResidual
+                                          : Finish::kScaled;
   // 5 x 2 accumulators lose less between tiles than 6 x 2, which only a long sum repays.
   const int most = max_tile_pixels(vectors) - (kRegisters == 16 && vectors == 2 && t.a.depth() <= 32);
   const int64_t tiles = divide_up(pixels, most), base = pixels / tiles, extra = pixels % tiles;

@@ -60,27 +60,37 @@ FASTBLOCKS_INLINE Vec larger_or_nan(Vec a, Vec b) {
 struct PoolWindow {
   const float* x;  // the first pixel inside the map
   int64_t rows, columns, row_stride, pixel_stride;
-  bool average;
   float divisor;
 };
 
-FASTBLOCKS_INLINE Vec pool_vector(const PoolWindow& w, int64_t c, int lanes) {
-  const auto value = [&](int64_t y, int64_t x) __attribute__((always_inline)) {
-    const float* at = w.x + y * w.row_stride + x * w.pixel_stride + c;
-    return lanes == kLanes ? load(at) : load_partial(at, lanes);
-  };
-  Vec result = w.average ? Vec{} : broadcast(-__builtin_inff());
-  for (int64_t y = 0; y < w.rows; ++y)
-    for (int64_t x = 0; x < w.columns; ++x) {
-      const Vec v = value(y, x);
-      result = w.average ? result + v : larger_or_nan(result, v);
+template <bool kAverage>
+FASTBLOCKS_INLINE Vec pool_vector(const PoolWindow& w, int64_t rows, int64_t columns, int64_t c, int lanes) {
+  Vec result = kAverage ? Vec{} : broadcast(-__builtin_inff());
+#pragma GCC unroll 3
+  for (int64_t y = 0; y < rows; ++y)
+#pragma GCC unroll 3
+    for (int64_t x = 0; x < columns; ++x) {
+      const float* at = w.x + y * w.row_stride + x * w.pixel_stride + c;
+      const Vec v = lanes == kLanes ? load(at) : load_partial(at, lanes);
+      result = kAverage ? result + v : larger_or_nan(result, v);
     }
-  return w.average ? result / w.divisor : result;
+  return kAverage ? result / w.divisor : result;
+}
+
+// All channels of one output pixel.
+template <bool kAverage>
+FASTBLOCKS_INLINE void pool_pixel(const PoolWindow& w, int64_t rows, int64_t columns, int64_t channels, float* out) {
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) store(out + c, pool_vector<kAverage>(w, rows, columns, c, kLanes));
+  if (c == channels) return;
+  const int lanes = (int)(channels - c);
+  store_partial(out + c, lanes, pool_vector<kAverage>(w, rows, columns, c, lanes));
 }
 
 // Output rows [begin, end) of one image.
+template <bool kAverage>
 inline void pool_rows(const WindowPoolParams& p, int64_t image, int64_t begin, int64_t end) {
-  PoolWindow w = {nullptr, 0, 0, p.x.row_stride, p.x.pixel_stride, p.average, (float)(p.kernel[0] * p.kernel[1])};
+  PoolWindow w = {nullptr, 0, 0, p.x.row_stride, p.x.pixel_stride, (float)(p.kernel[0] * p.kernel[1])};
   for (int64_t oy = begin; oy < end; ++oy) {
     const int64_t top = oy * p.stride[0] - p.padding[0], y = larger(top, 0);
     w.rows = smaller(top + p.kernel[0], p.height) - y;
@@ -89,9 +99,10 @@ inline void pool_rows(const WindowPoolParams& p, int64_t image, int64_t begin, i
       const int64_t left = ox * p.stride[1] - p.padding[1], x = larger(left, 0);
       w.columns = smaller(left + p.kernel[1], p.width) - x;
       w.x = p.x.data + image * p.x.image_stride + y * p.x.row_stride + x * p.x.pixel_stride;
-      int64_t c = 0;
-      for (; c + kLanes <= p.channels; c += kLanes) store(out + c, pool_vector(w, c, kLanes));
-      if (c < p.channels) store_partial(out + c, (int)(p.channels - c), pool_vector(w, c, (int)(p.channels - c)));
+      if (w.rows == 3 && w.columns == 3)
+        pool_pixel<kAverage>(w, 3, 3, p.channels, out);
+      else
+        pool_pixel<kAverage>(w, w.rows, w.columns, p.channels, out);
     }
   }
 }
@@ -100,7 +111,11 @@ inline void window_pool_run(const void* params, int64_t begin, int64_t end, char
   const WindowPoolParams& p = *static_cast<const WindowPoolParams*>(params);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / p.bands, band = item % p.bands;
-    pool_rows(p, image, band * p.out_height / p.bands, (band + 1) * p.out_height / p.bands);
+    const int64_t from = band * p.out_height / p.bands, to = (band + 1) * p.out_height / p.bands;
+    if (p.average)
+      pool_rows<true>(p, image, from, to);
+    else
+      pool_rows<false>(p, image, from, to);
   }
 }
 
