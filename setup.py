@@ -36,7 +36,7 @@ if X86:
         LEVELS["x86_64_v4"] = ["-march=x86-64-v3", "-DFASTBLOCKS_VECTOR_BYTES=64", "-Wno-psabi"]
 
 MACROS = [(name, "1") for name, on in (("FASTBLOCKS_X86", X86), ("FASTBLOCKS_EMULATE_V4", EMULATE_V4)) if on]
-SOURCES = ("bindings", "dispatch", "memory", "ops", "packs", "parallel", "site", "tensors")
+SOURCES = sorted(str(path) for folder in ("csrc", "csrc/ops") for path in Path(folder).glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
 
@@ -101,7 +101,7 @@ def native_parts() -> dict:
 
     extension = Extension(
         "fastblocks._C",
-        sources=[f"csrc/{name}.cpp" for name in SOURCES],
+        sources=SOURCES,
         include_dirs=["csrc", pybind11.get_include()],
         define_macros=MACROS,
         extra_compile_args=[*FLAGS, "-g0"],

@@ -1,10 +1,11 @@
-"""MobileNetV2 in fastblocks beside what a user would pick instead, each in a process of its own.
+"""A network in fastblocks beside what a user would pick instead, each in a process of its own.
 
 Rounds are interleaved (A B C A B C ...), so a slow spell of the machine falls on everybody. What is quoted is the
 median over rounds of the ratio within a round, with the median time of each row beside it. Outputs are compared before
 anything is timed.
 
     python benchmarks/side_by_side.py --batch 1 --threads 2
+    python benchmarks/side_by_side.py --model shufflenet_v2_x1_0 --batch 8
     python benchmarks/side_by_side.py --litert-python OTHER_ENVIRONMENT/bin/python   # ai-edge-litert needs its own
 """
 
@@ -25,40 +26,39 @@ HERE = Path(__file__).resolve().parent
 PEERS = ("fastblocks", "eager", "channels_last", "compile", "onnxruntime", "openvino", "litert")
 
 
-def export_network(folder: Path, batch: int) -> None:
-    """Write the input, the expected output and the ONNX file that every peer reads."""
+def export_network(name: str, folder: Path, batch: int) -> None:
+    """Write the input, the expected output, the weights and the ONNX file that the peers read."""
     import numpy as np
     import torch
 
     import fastblocks
+    from fastblocks.cli.stock import stock_model
 
     torch.manual_seed(0)
-    model = fastblocks.models.mobilenet_v2().eval()
+    model = fastblocks.models.create(name).eval()
     with torch.no_grad():
         for module in model.modules():  # statistics of a trained network: every channel alive, none at identity
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
         x = torch.randn(batch, 3, 224, 224)
-        with fastblocks.use_backend("reference"):
-            np.save(folder / "expected.npy", model(x).numpy())
-            torch.onnx.export(
-                model, (x,), str(folder / "model.onnx"), dynamo=False, input_names=["x"], opset_version=17
-            )
+        plain = stock_model(model.state_dict())
+        np.save(folder / "expected.npy", plain(x).numpy())
+        torch.onnx.export(plain, (x,), str(folder / "model.onnx"), dynamo=False, input_names=["x"], opset_version=17)
     np.save(folder / "x.npy", x.numpy())
     torch.save(model.state_dict(), folder / "model.pth")
 
 
-def torchvision_network(folder: Path):
+def plain_network(folder: Path):
+    """The network in plain torch modules."""
     import torch
-    import torchvision
 
-    model = torchvision.models.mobilenet_v2()
-    model.load_state_dict(torch.load(folder / "model.pth", weights_only=True))
-    return model.eval()
+    from fastblocks.cli.stock import stock_model
+
+    return stock_model(torch.load(folder / "model.pth", weights_only=True))
 
 
-def make_runner(peer: str, folder: Path, threads: int):
+def make_runner(name: str, peer: str, folder: Path, threads: int):
     """Return a function without arguments that runs the network once and gives its output as an array."""
     import numpy as np
 
@@ -93,7 +93,7 @@ def make_runner(peer: str, folder: Path, threads: int):
 
         path = folder / "model.tflite"
         if not path.exists():
-            litert_torch.convert(torchvision_network(folder), (torch.from_numpy(x),)).export(str(path))
+            litert_torch.convert(plain_network(folder), (torch.from_numpy(x),)).export(str(path))
         interpreter = Interpreter(str(path), num_threads=threads)
         interpreter.allocate_tensors()
         input_index = interpreter.get_input_details()[0]["index"]
@@ -105,10 +105,10 @@ def make_runner(peer: str, folder: Path, threads: int):
             return interpreter.get_tensor(output_index)
 
         return run_litert
-    return make_torch_runner(peer, folder, threads, x)
+    return make_torch_runner(name, peer, folder, threads, x)
 
 
-def make_torch_runner(peer: str, folder: Path, threads: int, x):
+def make_torch_runner(name: str, peer: str, folder: Path, threads: int, x):
     import torch
 
     torch.set_num_threads(threads)
@@ -116,10 +116,10 @@ def make_torch_runner(peer: str, folder: Path, threads: int, x):
     if peer == "fastblocks":
         import fastblocks
 
-        model = fastblocks.models.mobilenet_v2().eval()
+        model = fastblocks.models.create(name).eval()
         model.load_state_dict(torch.load(folder / "model.pth", weights_only=True))
     else:
-        model = torchvision_network(folder)
+        model = plain_network(folder)
     if peer in ("channels_last", "compile"):
         model = model.to(memory_format=torch.channels_last)
         image = image.contiguous(memory_format=torch.channels_last)
@@ -136,11 +136,11 @@ def make_torch_runner(peer: str, folder: Path, threads: int, x):
     return run_torch
 
 
-def serve(peer: str, folder: Path, threads: int) -> None:
+def serve(name: str, peer: str, folder: Path, threads: int) -> None:
     """The worker: answers one JSON line a request, until its input closes."""
     import numpy as np
 
-    run = make_runner(peer, folder, threads)
+    run = make_runner(name, peer, folder, threads)
     expected = np.load(folder / "expected.npy")
     for _ in range(5):
         output = run()
@@ -159,13 +159,15 @@ def serve(peer: str, folder: Path, threads: int) -> None:
 
 
 class Worker:
-    def __init__(self, peer: str, python: str, folder: Path, threads: int):
+    def __init__(self, name: str, peer: str, python: str, folder: Path, threads: int):
         self.peer = peer
         self.times: list[float] = []
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         command = [
             python,
             str(HERE / "side_by_side.py"),
+            "--model",
+            name,
             "--serve",
             peer,
             "--folder",
@@ -195,7 +197,7 @@ def start_workers(arguments, folder: Path) -> list[Worker]:
     workers = []
     for peer in arguments.peers:
         python = arguments.litert_python if peer == "litert" and arguments.litert_python else sys.executable
-        worker = Worker(peer, python, folder, arguments.threads)
+        worker = Worker(arguments.model, peer, python, folder, arguments.threads)
         try:
             error = worker.answer()["error"]
         except RuntimeError as failure:
@@ -212,9 +214,8 @@ def report(workers: list[Worker], arguments) -> None:
     mine = next((w for w in workers if w.peer == "fastblocks"), None)
     outside = [w for w in workers if w.peer in ("onnxruntime", "openvino", "litert")]
     rounds = range(len(workers[0].times))
-    print(
-        f"MobileNetV2, batch {arguments.batch}, {arguments.threads} threads, {len(rounds)} rounds, {platform.machine()}"
-    )
+    setting = f"batch {arguments.batch}, {arguments.threads} threads, {len(rounds)} rounds, {platform.machine()}"
+    print(f"{arguments.model}, {setting}")
     for worker in workers:
         line = f"{worker.peer:14s} {statistics.median(worker.times):8.2f} ms  (best {min(worker.times):.2f})"
         if mine and worker is not mine:
@@ -229,23 +230,22 @@ def report(workers: list[Worker], arguments) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mobilenet_v2", help="a name of fastblocks.models.list()")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=0.5, help="length of one turn of one peer")
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
-    parser.add_argument(
-        "--litert-python", help="the Python that has ai-edge-litert, litert-torch, torch and torchvision"
-    )
+    parser.add_argument("--litert-python", help="the Python that has ai-edge-litert, litert-torch and torch")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.serve, arguments.folder, arguments.threads)
+        serve(arguments.model, arguments.serve, arguments.folder, arguments.threads)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        export_network(folder, arguments.batch)
+        export_network(arguments.model, folder, arguments.batch)
         workers = start_workers(arguments, folder)
         for _ in range(arguments.rounds):
             for worker in workers:

@@ -42,6 +42,9 @@ class Call {
 // read; the others must outlive the call.
 std::unique_ptr<Call> make_call(PyObject* function, PyObject* const* args, Py_ssize_t count);
 
+// Runs the steps in order, in one entry of the thread pool.
+void run_steps(const std::vector<Step>& steps);
+
 // Binds the calls to the input and to each other and runs them, in one entry of the thread pool. Where `fits`, if given, says
 // that an input is not good for its call, nothing runs and the result is None.
 typedef std::function<bool(size_t call, const TensorView& input)> Fits;
