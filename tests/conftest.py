@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as tF
 from torch import Tensor, nn
 
 import fastblocks
@@ -116,6 +117,14 @@ def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
 def expanded(x: Tensor) -> Tensor:
     """A batch of two with a batch stride of 0."""
     return x[:1].expand(2, -1, -1, -1)
+
+
+def stock(x: Tensor, conv: ConvBN, groups: int = 1, activation: str | None = None, **kwargs: Any) -> Tensor:
+    """Convolution, BatchNorm and activation by torch's own functions, written without this package."""
+    y = tF.conv2d(x, conv.weight, conv.bias, groups=groups, **kwargs)
+    if conv.running_mean is not None:
+        y = tF.batch_norm(y, conv.running_mean, conv.running_var, conv.bn_weight, conv.bn_bias, False, 0.0, conv.eps)
+    return {None: lambda y: y, "relu": torch.relu, "relu6": tF.relu6}[activation](y)
 
 
 # ----------------------------------------------------------------------------------------------------------- closeness

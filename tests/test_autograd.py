@@ -18,6 +18,69 @@ from fastblocks.functional import ConvBN
 Call = Callable[..., Tensor]
 
 
+def shuffle_cases() -> dict[str, tuple[Call, list[Tensor]]]:
+    """The ops of ShuffleNet and ShuffleNetV2, and the pools, as `cases` has them."""
+    grouped, whole = record(6, 2), record(6, 4)
+    compress, depthwise = record(4, 2), record(4, 1, 3)
+    left = (record(4, 1, 3), record(3, 4))
+
+    def bare(weight: Tensor, like: ConvBN) -> ConvBN:
+        return ConvBN(weight, None, *(v.to(weight.dtype) for v in like[2:6]), like.eps)
+
+    def joined(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
+        return F.grouped_pointwise_conv_bn_act(x, bare(w, grouped), groups=2, shuffle=3, activation="relu", residual=r)
+
+    def separable(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.depthwise_separable(x, bare(a, depthwise), bare(b, whole), stride=2, activation="relu")
+
+    def unit(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return F.shuffle_unit(x, bare(a, compress), bare(b, depthwise), ConvBN(c), groups=2)
+
+    def pooled(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return F.shuffle_unit(x, ConvBN(a), bare(b, depthwise), ConvBN(c), groups=2, stride=2)
+
+    def unit_v2(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return F.shuffle_unit_v2(x, ConvBN(a), bare(b, depthwise), ConvBN(c))
+
+    def both_branches(x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor) -> Tensor:
+        lefts = {"left_depthwise": bare(d, left[0]), "left_pointwise": bare(e, left[1])}
+        return F.shuffle_unit_v2(x, ConvBN(a), bare(b, depthwise), ConvBN(c), stride=2, **lefts)
+
+    def halves(x: Tensor) -> Tensor:
+        left, right = F.channel_shuffle_split(x, 3)
+        return left.sin() * right
+
+    def cat_halves(a: Tensor, b: Tensor) -> Tensor:
+        left, right = F.cat_shuffle_split(a, b, 4)
+        return left.sin() * right
+
+    image, six = torch.randn(2, 4, 4, 3), torch.randn(2, 6, 4, 3)
+    a, c = compress.weight, torch.randn(4, 2, 1, 1)
+    return {
+        "grouped": (joined, [image, grouped.weight, six]),
+        "separable": (separable, [image, depthwise.weight, whole.weight]),
+        "unit": (unit, [image, a, depthwise.weight, c]),
+        "unit of stride 2": (pooled, [image, torch.randn(4, 4, 1, 1), depthwise.weight, torch.randn(2, 2, 1, 1)]),
+        "unit v2": (unit_v2, [image, torch.randn(4, 2, 1, 1), depthwise.weight, torch.randn(2, 4, 1, 1)]),
+        "unit v2 of stride 2": (
+            both_branches,
+            [
+                image,
+                torch.randn(4, 4, 1, 1),
+                depthwise.weight,
+                torch.randn(3, 4, 1, 1),
+                left[0].weight,
+                left[1].weight,
+            ],
+        ),
+        "shuffle": (lambda x: F.channel_shuffle(x, 3), [six]),
+        "shuffle and split": (halves, [six]),
+        "cat, shuffle and split": (cat_halves, [torch.randn(2, 5, 3, 2), torch.randn(2, 3, 3, 2)]),
+        "max pool": (lambda x: F.max_pool2d(x, 3, 2, 1), [torch.randperm(120).view(2, 3, 5, 4) / 10]),
+        "average pool": (lambda x: F.avg_pool2d(x, (3, 2), 1, 1), [image]),
+    }
+
+
 def cases() -> dict[str, tuple[Call, list[Tensor]]]:
     """Ops as functions of tensors alone, with small float32 tensors. Activations are kept away from their kinks."""
 
@@ -49,6 +112,7 @@ def cases() -> dict[str, tuple[Call, list[Tensor]]]:
         "inverted residual": (residual_block, [torch.randn(1, 3, 4, 4), *weights, torch.randn(6)]),
         "pool": (F.global_avg_pool, [torch.randn(2, 3, 4, 5)]),
         "linear": (F.linear, [torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)]),
+        **shuffle_cases(),
     }
 
 
@@ -70,12 +134,13 @@ def test_gradcheck_of_the_registered_op(name: str) -> None:
     doubles = [t.double().requires_grad_() for t in tensors]
     calls = []
 
-    def through_ops(name: str, args: tuple[Any, ...], tensors: Any) -> Tensor:
+    def through_ops(name: str, args: tuple[Any, ...], tensors: Any) -> Any:
         calls.append(name)
         return getattr(torch.ops.fastblocks, name)(*(list(a) if isinstance(a, tuple) else a for a in args))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastblocks.functional.ops.run", through_ops)
+        for module in ("ops", "shuffle_ops", "dispatch"):
+            patch.setattr(f"fastblocks.functional.{module}.run", through_ops)
         assert torch.autograd.gradcheck(call, doubles)
         assert torch.autograd.gradgradcheck(call, doubles)
     assert calls
@@ -149,6 +214,46 @@ def test_gradients_of_expanded_and_of_empty(backend: str) -> None:
     y.sum().backward()
     for t in empty:
         assert t.grad is not None and not t.grad.any() and t.grad.shape == t.shape
+
+
+def test_shuffles_keep_no_tensor(backend: str) -> None:
+    """Their derivative needs none: an input may change, or be freed, before backward."""
+    x = torch.randn(2, 6, 3, 3, requires_grad=True)
+    image = x * 1
+    y = F.channel_shuffle(image, 2)
+    left, right = F.channel_shuffle_split(image, 2)
+    more = F.cat_shuffle_split(image, image, 3)
+    with torch.no_grad():
+        image.zero_()
+    (y + torch.cat([left, 2 * right], 1) + more[0]).sum().backward()
+    # one of y, one or two of the halves, and what fell into the first half of the joined channels
+    joined = torch.nn.ChannelShuffle(3)(torch.arange(12.0).view(1, 12, 1, 1)).flatten()[:6].long()
+    want = torch.nn.ChannelShuffle(3)(torch.tensor([2.0, 2, 2, 3, 3, 3]).view(1, 6, 1, 1)).flatten()
+    want += torch.bincount(joined % 6, minlength=6)
+    assert x.grad is not None and torch.equal(x.grad, want.view(1, 6, 1, 1).expand(2, 6, 3, 3))
+
+
+def test_backward_of_shuffles_runs_the_tiers_shuffle(fused: list[str]) -> None:
+    x = torch.randn(2, 6, 3, 3, requires_grad=True)
+    outputs = [F.channel_shuffle(x, 2), *F.channel_shuffle_split(x), *F.cat_shuffle_split(x, x)]
+    if fastblocks.current_backend() == "reference":
+        pytest.skip("in the reference torch differentiates")
+    before = len(fused)
+    torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    assert fused[before:] == ["channel_shuffle"] * 3
+
+
+def test_one_half_alone(backend: str) -> None:
+    """The gradient of a half that nobody uses is zero; so it is with batches of gradients."""
+    x = torch.randn(1, 4, 2, 2, requires_grad=True)
+    left, right = F.channel_shuffle_split(x)
+    (grad,) = torch.autograd.grad(right.sum(), x, retain_graph=True)
+    assert grad[0, :, 0, 0].tolist() == [0, 1, 0, 1]
+    seeds = torch.eye(8).view(8, 1, 2, 2, 2)
+    (grads,) = torch.autograd.grad(left, x, seeds, is_grads_batched=True)
+    for seed, found in zip(seeds, grads, strict=True):
+        y = torch.cat([seed, torch.zeros_like(seed)], 1)
+        assert torch.equal(torch.nn.ChannelShuffle(2)(y), found)
 
 
 @pytest.mark.parametrize("kind", ["conv", "depthwise", "block", "block without expansion"])

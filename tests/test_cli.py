@@ -111,6 +111,46 @@ def test_random_weights_come_with_a_warning(capsys, photo):
     assert "weights: random" in out
 
 
+@pytest.mark.parametrize("name", fastblocks.models.list())
+def test_every_network_without_weights(capsys, photo, name):
+    """Random weights, one line that says so, and the logits of the plain network of the same name."""
+    if name in weights.IMAGENET:
+        pytest.skip("has weights")
+    assert cli.main(["classify", photo, "--model", name, "--rounds", "0", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == f"fastblocks: no ImageNet weights for {name}: with random ones the labels mean nothing\n"
+    result = json.loads(out)
+    assert (result["model"], result["weights"]) == (name, "random")
+    assert 0 <= result["largest_difference"] <= 1e-4
+    assert len(result["photos"][0]["labels"]) == 5
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1_x0_25", "shufflenet_v1_g3_x0_5", "shufflenet_v2_x0_5"])
+def test_every_family_with_weights(capsys, photo, name, tmp_path):
+    options = {"fc_bias": False} if name.startswith("shufflenet_v1") else {}
+    model = fastblocks.models.create(name, num_classes=7, **options).eval()
+    torch.save(model.state_dict(), tmp_path / "seven.pth")
+    arguments = ["--weights", str(tmp_path / "seven.pth"), "--threads", "1", "--rounds", "1", "--json"]
+    assert cli.main(["classify", photo, "--model", name, *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    result = json.loads(out)
+    with torch.no_grad():
+        expected = model(preprocess(read_photo(photo).image))[0].softmax(0)
+    found = {row["index"]: row["probability"] for row in result["photos"][0]["labels"]}
+    assert found == pytest.approx({index: float(expected[index]) for index in found}, abs=1e-4)
+    assert len(result["timing"]["rows"]) == 3
+
+
+def test_timms_weights(capsys, photo, tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("mobilenetv1_100", num_classes=7).state_dict(), tmp_path / "timm.pth")
+    arguments = ["classify", photo, "--weights", str(tmp_path / "timm.pth"), "--rounds", "0"]
+    assert cli.main([*arguments, "--model", "mobilenet_v1"]) == 0
+    assert "class " in capsys.readouterr().out
+    assert "does not fit mobilenet_v2" in fails(capsys, *arguments)
+
+
 def test_imagenet_weights_come_through_the_fetcher(capsys, photo, tmp_path, monkeypatch):
     torch.manual_seed(0)
     torch.save(fastblocks.models.create("mobilenet_v2").state_dict(), tmp_path / "fetched.pth")
@@ -196,7 +236,7 @@ def test_no_network_and_wrong_hash(capsys, photo, tmp_path, monkeypatch):
         (["--rounds", "-1"], "--rounds"),
         (["--top", "0"], "--top"),
         (["--colour"], "--colour"),
-        (["--model", "resnet50"], "no network 'resnet50', expected one of mobilenet_v2,"),
+        (["--model", "resnet50"], "no network 'resnet50', expected one of mobilenet_v1,"),
     ],
 )
 def test_option_mistakes(capsys, arguments, message):
@@ -283,6 +323,26 @@ def test_stock_network_is_torchvisions(width):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("name", ["x0_5", "x1_0"])
+def test_stock_shufflenet_v2_is_torchvisions(name):
+    torchvision = pytest.importorskip("torchvision")
+    theirs = getattr(torchvision.models, f"shufflenet_v2_{name}")(num_classes=10).eval()
+    ours = stock_model(theirs.state_dict())
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))
+
+
+def test_stock_mobilenet_is_timms():
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("mobilenetv1_100", num_classes=10).eval()
+    ours = stock_model(fastblocks.models.from_timm(theirs.state_dict()))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
 
 
 # --- photographs and timing

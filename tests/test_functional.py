@@ -17,6 +17,7 @@ from conftest import (
     record,
     running,
     significant_strides,
+    stock,
 )
 from torch import Tensor
 
@@ -26,14 +27,6 @@ from fastblocks.functional import ConvBN
 CHANNELS = (1, 3, 24, 58, 116, 144, 232)
 SIZES = ((1, 1), (1, 2), (2, 1), (7, 7), (14, 15), (2, 113), (113, 1))
 ACTIVATIONS = (None, "relu", "relu6")
-
-
-def stock(x: Tensor, conv: ConvBN, groups: int = 1, activation: str | None = None, **kwargs: Any) -> Tensor:
-    """The same by torch's own functions, written without this package."""
-    y = tF.conv2d(x, conv.weight, conv.bias, groups=groups, **kwargs)
-    if conv.running_mean is not None:
-        y = tF.batch_norm(y, conv.running_mean, conv.running_var, conv.bn_weight, conv.bn_bias, False, 0.0, conv.eps)
-    return {None: lambda y: y, "relu": torch.relu, "relu6": tF.relu6}[activation](y)
 
 
 def variants(conv: ConvBN) -> list[ConvBN]:

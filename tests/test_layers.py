@@ -30,6 +30,7 @@ LAYERS: dict[str, Callable[[], Any]] = {
     "rectangle": lambda: ConvBNAct(8, 6, (3, 5), (2, 1), (0, 2)),
     "pointwise": lambda: PointwiseConvBNAct(8, 24),
     "pointwise, stride": lambda: ConvBNAct(8, 24, 1, 2),
+    "pointwise, groups": lambda: ConvBNAct(8, 24, 1, groups=4),
     "depthwise": lambda: DepthwiseConvBNAct(8),
     "depthwise five": lambda: DepthwiseConvBNAct(8, 5, 2),
     "block": lambda: InvertedResidual(8, 8),

@@ -1,4 +1,4 @@
-"""The networks: the papers' counts, torchvision's keys, values and training step."""
+"""MobileNetV2: the paper's counts, torchvision's keys, values and training step. The rest is in test_networks."""
 
 from __future__ import annotations
 
@@ -58,6 +58,16 @@ def test_keys_and_shapes_are_torchvisions(width: float) -> None:
         ours, other = models.mobilenet_v2(width_mult=width).state_dict(), theirs(width).state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in other.items()}
     assert list(ours) == list(other)
+
+
+def test_depth_and_fixed_ends() -> None:
+    """Rounded up, in all stages but the first and the last; the stem and the head keep their width."""
+    with torch.device("meta"):
+        model = models.mobilenet_v2(width_mult=1.2, depth_mult=1.4, fix_stem_head=True)
+    widths = [layer.out_channels for layer in model.features]
+    assert widths == [32, 24, *[32] * 3, *[40] * 5, *[80] * 6, *[112] * 5, *[192] * 5, 384, 1280]
+    with pytest.raises(ValueError, match="no ImageNet weights for 'mobilenet_v2_d1_4'"):
+        models.mobilenet_v2(depth_mult=1.4, weights="imagenet")
 
 
 def test_initial_values_are_torchvisions() -> None:
@@ -134,14 +144,6 @@ def test_a_training_step_is_torchvisions(backend: str) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     for (name, p), q in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=name)
-
-
-def test_names() -> None:
-    assert set(VARIANTS) <= set(models.list())
-    for name in models.list():
-        assert callable(getattr(models, name))
-    with pytest.raises(ValueError, match=r"^name: expected one of mobilenet_v2, .* got 'resnet50'"):
-        models.create("resnet50")
 
 
 def test_weights_from_files(tmp_path: Path) -> None:

@@ -91,6 +91,23 @@ def test_what_is_no_checkpoint_is_a_value_error_of_one_line(tmp_path, content, s
     assert "\n" not in str(raised.value)
 
 
+# --- the networks
+
+
+@pytest.mark.parametrize("name", fastblocks.models.list())
+def test_every_network_takes_a_file(tmp_path, name):
+    model = fastblocks.models.create(name, num_classes=3)
+    path = tmp_path / "model.pth"
+    torch.save(model.state_dict(), path)
+    other = fastblocks.models.create(name, num_classes=3, weights=str(path))
+    assert same(other.state_dict(), model.state_dict())
+    convs = [p for p in other.parameters() if p.dim() == 4]
+    assert all(p.stride(1) == 1 and p.stride(3) == p.shape[1] for p in convs)
+    if name not in weights.IMAGENET:
+        with pytest.raises(ValueError, match=f"no ImageNet weights for '{name}'"):
+            fastblocks.models.create(name, weights="imagenet")
+
+
 def test_missing_file_folder_and_wrong_type(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"'nowhere\.pth' is neither 'imagenet' nor an existing file"):
         load_state_dict("nowhere.pth", NAME)

@@ -379,8 +379,8 @@ inline void gemm_panel(TileRun t, int64_t pixels, int vectors, const Range& soon
   tile_functions(base, vectors).by_finish[(int)finish](t, tiles - extra);
 }
 
-// Panels [panel_begin, panel_end) of the product; the epilogue's pointers and `to` are those of channel 0. What is needed soon is
-// fetched on the way.
+// Panels [panel_begin, panel_end) of the product; the epilogue's pointers and `to` are those of channel 0. What is needed soon
+// is fetched on the way.
 inline void gemm(const Pixels& a, int64_t pixels, int64_t out_channels, int64_t panel_begin, int64_t panel_end,
                  const Epilogue& e, const Destination& to, const Range& soon = {}) {
   if (pixels == 0) return;

@@ -58,7 +58,7 @@ inline void pointwise_run(const void* params, int64_t begin, int64_t end, char* 
 inline void cut_product(int64_t pixels, int64_t depth, int64_t panel_count, int threads, int64_t* pixel_block,
                         int64_t* pixel_blocks, int64_t* panel_block, int64_t* panel_blocks) {
   const int64_t cache_floats = 48 * 1024;
-  int64_t block = larger(cache_floats / larger(depth, 1), 24);
+  int64_t block = larger(cache_floats / larger(depth, 1), 64);
   block = smaller(block, pixels);
   *pixel_blocks = divide_up(pixels, block);
   *pixel_block = divide_up(pixels, *pixel_blocks);

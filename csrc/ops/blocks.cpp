@@ -120,8 +120,10 @@ class ShuffleUnit : public Block {
     require(adds_input_ || (p_.out_height == (x_.h + 1) / 2 && p_.out_width == (x_.w + 1) / 2),
             "fastblocks._C: the branch and the pooled input differ in size");
     const int64_t channels = p_.out_channels + (adds_input_ ? 0 : x_.c);
-    Value out = output_like(input.view, x_.n, channels, p_.out_height, p_.out_width, first_weight(), depthwise_.weight,
-                            project_.weight);
+    // torch.cat gives channels_last where both parts are: the pooled input is what the input is.
+    Value out = adds_input_ ? output_like(input.view, x_.n, channels, p_.out_height, p_.out_width, first_weight(),
+                                          depthwise_.weight, project_.weight)
+                            : output_like(input.view, x_.n, channels, p_.out_height, p_.out_width);
     p_.out = out.image;
     return out;
   }
@@ -176,8 +178,11 @@ class ShuffleUnitV2 : public Block {
     require(left_ ? left.view.size[2] == p_.out_height && left.view.size[3] == p_.out_width
                   : p_.out_height == x_.h && p_.out_width == x_.w,
             "fastblocks._C: the two halves differ in size");
-    Value out = output_like(input.view, x_.n, 2 * p_.out_channels, p_.out_height, p_.out_width, first_weight(),
-                            depthwise_.weight, project_.weight);
+    // torch.cat gives channels_last where both parts are.
+    const TensorView& like = left_ ? left.view : input.view;
+    const bool right_last = suggests_channels_last(input.view) || suggests_channels_last(first_weight()) ||
+                            suggests_channels_last(depthwise_.weight) || suggests_channels_last(project_.weight);
+    Value out = output_like(right_last ? like : input.view, x_.n, 2 * p_.out_channels, p_.out_height, p_.out_width);
     p_.out = out.image;
     if (left_) {
       const int64_t* size = left.view.size;

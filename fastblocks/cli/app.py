@@ -60,7 +60,8 @@ def classify(
 ) -> None:
     """Classify photographs, and time fastblocks beside stock torch.
 
-    Without a PHOTO it takes scikit-image's picture of the cat Chelsea. The weights are fetched on first use.
+    Without a PHOTO it takes scikit-image's picture of the cat Chelsea. ImageNet's weights are fetched on first use;
+    a network that has none gets random ones.
     """
     from fastblocks.cli.classify import classify as run_classify
     from fastblocks.cli.report import print_classification, print_json

@@ -18,7 +18,7 @@ import fastblocks
 from fastblocks.cli.errors import Disagreement, UserError
 from fastblocks.cli.info import cpu_name
 from fastblocks.cli.photo import Photo, default_photo, preprocess, read_photo
-from fastblocks.cli.stock import has_stock, stock_model
+from fastblocks.cli.stock import stock_model
 from fastblocks.cli.timing import interleaved, speed_up
 from fastblocks.models.weights import IMAGENET, WeightsError, load_state_dict
 
@@ -59,8 +59,7 @@ def classify(
             "backend": fastblocks.backend_info(),
             "photos": [_labels(*pair, top) for pair in zip(pictures, logits, strict=True)],
         }
-        if has_stock(model):
-            result |= _compare(network, inputs, logits, rounds)
+        result |= _compare(network, inputs, logits, rounds)
     return result
 
 
@@ -80,7 +79,8 @@ def _build(name: str, weights: str | None) -> tuple[nn.Module, str]:
     except (WeightsError, OSError, ValueError) as error:
         raise UserError(str(error)) from error
     matrices = [tensor for tensor in state_dict.values() if tensor.ndim == 2]  # the classifier's is the last
-    network = fastblocks.models.create(name, num_classes=len(matrices[-1]) if matrices else 1000)
+    options = {"fc_bias": "fc.bias" in state_dict} if name.startswith("shufflenet_v1") else {}
+    network = fastblocks.models.create(name, num_classes=len(matrices[-1]) if matrices else 1000, **options)
     try:
         network.load_state_dict(state_dict)
     except RuntimeError as error:

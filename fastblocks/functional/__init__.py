@@ -5,21 +5,41 @@ torch as ``torch.ops.fastblocks.<name>``. BatchNorm uses the running statistics;
 """
 
 from fastblocks.functional.ops import (
+    avg_pool2d,
     conv_bn_act,
     depthwise_conv_bn_act,
+    depthwise_separable,
     global_avg_pool,
     inverted_residual,
     linear,
+    max_pool2d,
     pointwise_conv_bn_act,
 )
 from fastblocks.functional.record import ConvBN
+from fastblocks.functional.shuffle_ops import (
+    cat_shuffle_split,
+    channel_shuffle,
+    channel_shuffle_split,
+    grouped_pointwise_conv_bn_act,
+    shuffle_unit,
+    shuffle_unit_v2,
+)
 
 __all__ = [
     "ConvBN",
+    "avg_pool2d",
+    "cat_shuffle_split",
+    "channel_shuffle",
+    "channel_shuffle_split",
     "conv_bn_act",
     "depthwise_conv_bn_act",
+    "depthwise_separable",
     "global_avg_pool",
+    "grouped_pointwise_conv_bn_act",
     "inverted_residual",
     "linear",
+    "max_pool2d",
     "pointwise_conv_bn_act",
+    "shuffle_unit",
+    "shuffle_unit_v2",
 ]

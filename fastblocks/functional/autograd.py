@@ -1,7 +1,8 @@
-"""Derivatives of the ops, one autograd.Function for all of them.
+"""Derivatives of the ops: one autograd.Function for all that compute, one for all that only move channels.
 
 The forward half runs the op; the backward half runs the reference once more, this time with its graph, and lets torch
-differentiate that. So only the inputs are saved, and derivatives of derivatives are torch's own.
+differentiate that. So only the inputs are saved, and derivatives of derivatives are torch's own. A shuffle of channels
+saves nothing: its derivative is the inverse shuffle.
 
 ``torch.library.register_autograd`` would do the same for plain arguments, but it loses the gradients of a ``Tensor?[]``
 that has a None in it.
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastblocks.backends import reference, state
+from fastblocks.functional.plain import gradient_batch
 
 
 class _Call:
@@ -23,7 +25,7 @@ class _Call:
 
     __slots__ = ("below", "name", "parts")
 
-    def __init__(self, name: str, args: Sequence[Any], below: Callable[..., Tensor], tensors: list[Any]) -> None:
+    def __init__(self, name: str, args: Sequence[Any], below: Callable[..., Any], tensors: list[Any]) -> None:
         self.name = name
         self.below = below
         # a tensor is True, a record a tuple of which entries are tensors, anything else itself in a list
@@ -61,7 +63,7 @@ class Op(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Any:  # type: ignore[override]
         """Run the op; only its inputs are kept."""
         ctx.call = call
         ctx.save_for_backward(*tensors)
@@ -85,34 +87,61 @@ class Op(torch.autograd.Function):
         return (None, *grads)
 
 
-def differentiable(name: str, args: Sequence[Any]) -> Tensor:
+SHUFFLES = ("channel_shuffle", "channel_shuffle_split", "cat_shuffle_split")
+"""The ops that only move channels; their arguments are tensors and then the groups."""
+
+
+class Shuffle(torch.autograd.Function):
+    """A shuffle of the channels of all inputs together, with any number of outputs.
+
+    With ``C`` channels in ``g`` groups its inverse is the shuffle with ``C / g`` groups.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, below: Callable[..., Any], groups: int, *tensors: Tensor) -> Any:  # type: ignore[override]
+        """Run the op; only numbers of channels are kept."""
+        ctx.channels = [t.shape[1] for t in tensors]
+        ctx.groups = groups
+        return below(*tensors, groups)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        from fastblocks.functional.dispatch import run  # which imports this module
+
+        grad = grads[0] if len(grads) == 1 else torch.cat(grads, 1)
+        args = (grad, sum(ctx.channels) // ctx.groups)
+        # torch.autograd.grad(is_grads_batched=True) hands in a tensor that has no memory for kernels to read
+        grad = reference.channel_shuffle(*args) if gradient_batch(grad) else run("channel_shuffle", args, (grad,))
+        return (None, None, *grad.split(ctx.channels, 1))
+
+
+def differentiable(name: str, args: Sequence[Any]) -> Any:
     """The current tier's function on checked arguments, recorded for backward; without torch's dispatcher."""
     function = state.table[name]
     if state.native is None:
         return function(*args)
+    if name in SHUFFLES:
+        return Shuffle.apply(function, args[-1], *args[:-1])
     tensors: list[Any] = []
     call = _Call(name, args, function, tensors)
-    result: Tensor = Op.apply(call, *tensors)
-    return result
+    return Op.apply(call, *tensors)
 
 
-def kernel(name: str) -> Callable[..., Tensor]:
+def kernel(name: str) -> Callable[..., Any]:
     """The op's kernel for torch's Autograd keys: it records the call, then goes on to the keys below."""
 
-    def run(keyset: Any, *args: Any) -> Tensor:
+    def run(keyset: Any, *args: Any) -> Any:
         op = getattr(torch.ops.fastblocks, name).default
 
-        def below(*args: Any) -> Tensor:
+        def below(*args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                result: Tensor = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-                return result
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
         if torch.is_grad_enabled():
             tensors: list[Any] = []
             call = _Call(name, args, below, tensors)
             if any(t.requires_grad for t in tensors):
-                result: Tensor = Op.apply(call, *tensors)
-                return result
+                return Shuffle.apply(below, args[-1], *tensors) if name in SHUFFLES else Op.apply(call, *tensors)
         return below(*args)
 
     run.__name__ = run.__qualname__ = name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,7 +17,17 @@ from fastblocks.functional.registration import OPS
 _grad = torch.is_grad_enabled
 
 
-def run(name: str, args: tuple[Any, ...], tensors: Iterable[Any]) -> Tensor:
+@overload
+def run(  # type: ignore[overload-overlap]  # a name that mypy does not know is one of the others
+    name: Literal["channel_shuffle_split", "cat_shuffle_split"], args: tuple[Any, ...], tensors: Iterable[Any]
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def run(name: str, args: tuple[Any, ...], tensors: Iterable[Any]) -> Tensor: ...
+
+
+def run(name: str, args: tuple[Any, ...], tensors: Iterable[Any]) -> Any:
     """Run an op on checked arguments; `tensors` are all tensors among them (or None).
 
     The dispatcher costs more than a small kernel, so it is left out where it would do nothing.

@@ -14,6 +14,12 @@ from fastblocks.functional.record import ConvBN
 Pair = int | Sequence[int]
 
 
+def _half(depthwise: ConvBN) -> int:
+    """Half of a kernel: it keeps height and width at stride 1. Any number where the checks refuse the weight."""
+    weight = depthwise.weight
+    return weight.shape[2] // 2 if isinstance(weight, Tensor) and weight.dim() == 4 else 0
+
+
 def conv_bn_act(
     input: Tensor,
     conv: ConvBN,
@@ -186,8 +192,7 @@ def inverted_residual(
     depthwise = checks.record("depthwise", depthwise)
     project = checks.record("project", project)
     if padding is None:
-        weight = depthwise.weight
-        padding = weight.shape[2] // 2 if isinstance(weight, Tensor) and weight.dim() == 4 else 0
+        padding = _half(depthwise)
     args = (
         input,
         wide,
@@ -201,6 +206,111 @@ def inverted_residual(
     )
     checks.inverted_residual(*args)
     return run("inverted_residual", args, (input, *wide, *depthwise[:6], *project[:6]))
+
+
+def depthwise_separable(
+    input: Tensor,
+    depthwise: ConvBN,
+    pointwise: ConvBN,
+    *,
+    stride: int = 1,
+    padding: int | None = None,
+    activation: str | None = "relu6",
+) -> Tensor:
+    """MobileNet's block (Howard et al. 2017, section 3.1) as one op: depthwise convolution, then 1x1 convolution.
+
+    Each is followed by BatchNorm and activation. The tensor between the two need not exist in memory.
+
+    Args:
+        input: ``(N, C, H, W)``, NCHW or channels_last.
+        depthwise: weight ``(C, 1, k, k)``.
+        pointwise: weight ``(K, C, 1, 1)``.
+        stride: of the depthwise convolution, in pixels.
+        padding: of the depthwise convolution, in pixels; None is ``k // 2``.
+        activation: None, ``"relu"`` or ``"relu6"``, after both.
+
+    Returns:
+        ``(N, K, H', W')``; the memory format is that of the two convolutions one after the other.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(1, 4, 5, 5)
+        >>> y = depthwise_separable(x, ConvBN(torch.ones(4, 1, 3, 3)), ConvBN(torch.ones(8, 4, 1, 1)), stride=2)
+        >>> tuple(y.shape), y.max().item()
+        ((1, 8, 3, 3), 6.0)
+    """
+    depthwise = checks.record("depthwise", depthwise)
+    pointwise = checks.record("pointwise", pointwise)
+    args = (
+        input,
+        depthwise[:6],
+        pointwise[:6],
+        (checks.eps_value("depthwise", depthwise.eps), checks.eps_value("pointwise", pointwise.eps)),
+        checks.integer("stride", stride),
+        _half(depthwise) if padding is None else checks.integer("padding", padding),
+        activation,
+    )
+    checks.depthwise_separable(*args)
+    return run("depthwise_separable", args, (input, *depthwise[:6], *pointwise[:6]))
+
+
+def _pool2d(name: str, input: Tensor, kernel_size: Pair, stride: Pair | None, padding: Pair) -> Tensor:
+    kernel = checks.pair("kernel_size", kernel_size)
+    step = kernel if stride is None else checks.pair("stride", stride)
+    args = (input, kernel, step, checks.pair("padding", padding))
+    checks.pool2d(*args)
+    return run(name, args, (input,))
+
+
+def max_pool2d(input: Tensor, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0) -> Tensor:
+    """Largest value in each place of a window.
+
+    What lies outside of the map does not take part. A NaN anywhere under the window makes a NaN.
+
+    Args:
+        input: ``(N, C, H, W)``, NCHW or channels_last.
+        kernel_size: pixels of the window, one int or two (height, width).
+        stride: pixels, one int or two; None is `kernel_size`.
+        padding: pixels on each side, at most half of `kernel_size`; one int or two.
+
+    Returns:
+        ``(N, C, H', W')`` in the input's memory format, with ``H' = (H + 2 padding - kernel_size) // stride + 1``.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+
+    Example:
+        >>> import torch
+        >>> max_pool2d(torch.arange(16.0).view(1, 1, 4, 4), 3, stride=2, padding=1).tolist()
+        [[[[5.0, 7.0], [13.0, 15.0]]]]
+    """
+    return _pool2d("max_pool2d", input, kernel_size, stride, padding)
+
+
+def avg_pool2d(input: Tensor, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0) -> Tensor:
+    """Mean in each place of a window; what lies outside of the map counts as zeros.
+
+    Args:
+        input: ``(N, C, H, W)``, NCHW or channels_last.
+        kernel_size: pixels of the window, one int or two (height, width).
+        stride: pixels, one int or two; None is `kernel_size`.
+        padding: pixels on each side, at most half of `kernel_size`; one int or two.
+
+    Returns:
+        ``(N, C, H', W')`` in the input's memory format, sizes as `max_pool2d` has them.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+
+    Example:
+        >>> import torch
+        >>> avg_pool2d(torch.full((1, 1, 3, 3), 9.0), 3, stride=2, padding=1).tolist()
+        [[[[4.0, 4.0], [4.0, 4.0]]]]
+    """
+    return _pool2d("avg_pool2d", input, kernel_size, stride, padding)
 
 
 def global_avg_pool(input: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ autocast = torch._C._is_any_autocast_enabled
 dispatch_modes = torch._C._len_torch_dispatch_stack
 function_modes = torch._C._len_torch_function_stack
 functorch_level = torch._C._functorch.maybe_current_level
+gradient_batch = torch._C._functorch.is_legacy_batchedtensor
 profiling = torch.autograd._profiler_enabled
 tracing_state = torch._C._get_tracing_state
 

@@ -6,7 +6,7 @@ see. The kernels check their arguments again, since anyone may call an op direct
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
 from fastblocks.backends import reference, state
-from fastblocks.backends.layout import output_memory_format
 from fastblocks.functional import autograd
 from fastblocks.functional.checks import CHECKS
+from fastblocks.functional.flops import FLOPS
 from fastblocks.functional.plain import dense
+from fastblocks.functional.shapes import FAKES
 
 SCHEMAS = {
     "conv_bn_act": "(Tensor input, Tensor?[] conv, float eps, int[2] stride, int[2] padding, int[2] dilation, "
@@ -28,6 +29,19 @@ SCHEMAS = {
     "int[2] dilation, str? activation) -> Tensor",
     "inverted_residual": "(Tensor input, Tensor?[] expand, Tensor?[] depthwise, Tensor?[] project, float[] eps, "
     "int stride, int padding, str? activation, bool residual) -> Tensor",
+    "grouped_pointwise_conv_bn_act": "(Tensor input, Tensor?[] conv, float eps, int groups, int shuffle, "
+    "str? activation, Tensor? residual) -> Tensor",
+    "depthwise_separable": "(Tensor input, Tensor?[] depthwise, Tensor?[] pointwise, float[] eps, int stride, "
+    "int padding, str? activation) -> Tensor",
+    "shuffle_unit": "(Tensor input, Tensor?[] compress, Tensor?[] depthwise, Tensor?[] expand, float[] eps, "
+    "int stride, int groups, str? activation) -> Tensor",
+    "shuffle_unit_v2": "(Tensor input, Tensor?[] left_depthwise, Tensor?[] left_pointwise, Tensor?[] pointwise1, "
+    "Tensor?[] depthwise, Tensor?[] pointwise2, float[] eps, int stride, str? activation) -> Tensor",
+    "channel_shuffle": "(Tensor input, int groups) -> Tensor",
+    "channel_shuffle_split": "(Tensor input, int groups) -> (Tensor, Tensor)",
+    "cat_shuffle_split": "(Tensor a, Tensor b, int groups) -> (Tensor, Tensor)",
+    "max_pool2d": "(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding) -> Tensor",
+    "avg_pool2d": "(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding) -> Tensor",
     "global_avg_pool": "(Tensor input) -> Tensor",
     "linear": "(Tensor input, Tensor weight, Tensor? bias) -> Tensor",
 }
@@ -36,86 +50,16 @@ SCHEMAS = {
 library = torch.library.Library("fastblocks", "DEF")
 
 
-# ---------------------------------------------------------------------------------------------- shapes for tracing
+def _restrided(y: Tensor, promised: Tensor) -> Tensor:
+    if y.stride() == promised.stride():
+        return y
+    return torch.empty_strided(y.shape, promised.stride(), dtype=y.dtype, device=y.device).copy_(y)
 
 
-def _spatial(size: Any, kernel: Any, stride: int, padding: int, dilation: int) -> Any:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+def _kernel(name: str, native: bool) -> Callable[..., Any]:
+    check, fake, plain = CHECKS[name], FAKES[name], reference.TABLE[name]
 
-
-def _empty(input: Tensor, weight: Tensor, out: Any, height: Any, width: Any) -> Tensor:
-    return torch.empty(
-        (input.shape[0], out, height, width),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=output_memory_format(input, weight),
-    )
-
-
-def _fake_conv(
-    input: Tensor,
-    conv: Sequence[Any],
-    eps: float,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str | None,
-) -> Tensor:
-    weight = conv[0]
-    h, w = (_spatial(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1))
-    return _empty(input, weight, weight.shape[0], h, w)
-
-
-def _fake_pointwise(
-    input: Tensor, conv: Sequence[Any], eps: float, activation: str | None, residual: Tensor | None
-) -> Tensor:
-    return _empty(input, conv[0], conv[0].shape[0], input.shape[2], input.shape[3])
-
-
-def _fake_inverted_residual(
-    input: Tensor,
-    expand: Sequence[Any],
-    depthwise: Sequence[Any],
-    project: Sequence[Any],
-    eps: Sequence[float],
-    stride: int,
-    padding: int,
-    activation: str | None,
-    residual: bool,
-) -> Tensor:
-    # each of the convolutions hands its format on to the next
-    y = input
-    if expand:
-        y = _fake_pointwise(y, expand, 0.0, None, None)
-    y = _fake_conv(y, depthwise, 0.0, (stride, stride), (padding, padding), (1, 1), None)
-    return _fake_pointwise(y, project, 0.0, None, None)
-
-
-def _fake_global_avg_pool(input: Tensor) -> Tensor:
-    return reference.global_avg_pool(input)
-
-
-def _fake_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.empty((input.shape[0], weight.shape[0]), dtype=input.dtype, device=input.device)
-
-
-_FAKES: dict[str, Callable[..., Tensor]] = {
-    "conv_bn_act": _fake_conv,
-    "pointwise_conv_bn_act": _fake_pointwise,
-    "depthwise_conv_bn_act": _fake_conv,
-    "inverted_residual": _fake_inverted_residual,
-    "global_avg_pool": _fake_global_avg_pool,
-    "linear": _fake_linear,
-}
-
-
-# -------------------------------------------------------------------------------------------------------- kernels
-
-
-def _kernel(name: str, native: bool) -> Callable[..., Tensor]:
-    check, fake, plain = CHECKS[name], _FAKES[name], reference.TABLE[name]
-
-    def run(*args: Any) -> Tensor:
+    def run(*args: Any) -> Any:
         check(*args)
         table = state.native
         if native and table is not None and args[0].dtype is torch.float32:
@@ -124,61 +68,26 @@ def _kernel(name: str, native: bool) -> Callable[..., Tensor]:
             y = plain(*args)
         # torch's convolutions choose the format by dtype as well; what was promised to tracers is one rule
         promised = fake(*(pytree.tree_map_only(Tensor, lambda t: t.to("meta"), args)))
-        if y.stride() != promised.stride():
-            y = torch.empty_strided(y.shape, promised.stride(), dtype=y.dtype, device=y.device).copy_(y)
-        return y
+        if isinstance(y, Tensor):
+            return _restrided(y, promised)
+        return tuple(map(_restrided, y, promised))
 
     run.__name__ = run.__qualname__ = name
     return run
 
 
-# ------------------------------------------------------------------------------------------------------ multiply-adds
-
-
-def _conv_flops(x: Sequence[int], weight: Sequence[int], out: Sequence[int]) -> int:
-    total = 2
-    for size in (*out, *weight[1:]):
-        total *= size
-    return total
-
-
-def _flops_conv(x: Any, conv: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return _conv_flops(x, conv[0], out_shape)
-
-
-def _flops_inverted_residual(
-    x: Any, expand: Any, depthwise: Any, project: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    n, _, h, w = x
-    total = _conv_flops(x, depthwise[0], (n, depthwise[0][0], *out_shape[2:])) + _conv_flops(x, project[0], out_shape)
-    return total + (_conv_flops(x, expand[0], (n, expand[0][0], h, w)) if expand else 0)
-
-
-def _flops_linear(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * x[0] * weight[0] * weight[1]
-
-
-_FLOPS: dict[str, Callable[..., int]] = {
-    "conv_bn_act": _flops_conv,
-    "pointwise_conv_bn_act": _flops_conv,
-    "depthwise_conv_bn_act": _flops_conv,
-    "inverted_residual": _flops_inverted_residual,
-    "linear": _flops_linear,
-}
-
-
-def _register() -> dict[str, Callable[..., Tensor]]:
-    ops: dict[str, Callable[..., Tensor]] = {}
+def _register() -> dict[str, Callable[..., Any]]:
+    ops: dict[str, Callable[..., Any]] = {}
     for name, schema in SCHEMAS.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, _kernel(name, native=True), "CPU")
         library.impl(name, _kernel(name, native=False), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastblocks::{name}", _FAKES[name], lib=library)
+        torch.library.register_fake(f"fastblocks::{name}", FAKES[name], lib=library)
         library.impl(name, autograd.kernel(name), "Autograd", with_keyset=True)
         packet = getattr(torch.ops.fastblocks, name)
         ops[name] = packet.default
-        if name in _FLOPS:
-            register_flop_formula(packet)(_FLOPS[name])
+        if name in FLOPS:
+            register_flop_formula(packet)(FLOPS[name])
     return ops
 
 

@@ -41,8 +41,14 @@ class Fused(nn.Module):
         raise NotImplementedError
 
     def _containers(self) -> tuple[tuple[str, nn.Module], ...]:
-        """Nested containers between the layer and its convolutions, with their names."""
+        """The other modules of the layer, with their names: containers of its convolutions, a shuffle, a pooling."""
         return ()
+
+    def _channels(self, units: tuple[Unit, ...]) -> int | None:
+        """The number of channels that an input must have; None for any."""
+        conv: Any = units[0].conv if units else None
+        weight = conv._parameters.get("weight") if type(conv) is nn.Conv2d else None
+        return None if weight is None else weight.shape[1] * conv.groups
 
     def _op(self, units: tuple[Unit, ...]) -> Op | str:
         """The op that these children make, or why they make none."""
@@ -63,10 +69,16 @@ class Fused(nn.Module):
         reason = children_reason(units, self._containers())
         if reason is not None:
             return reason
-        if x.dim() == 3 and units[0].bn is None:
-            return "the input is not batched"
+        reason = self._shape_reason(x, units)
+        if reason is not None:
+            return reason
         op = self._op(units)
         return op if isinstance(op, str) else (units, op)
+
+    def _shape_reason(self, x: Tensor, units: tuple[Unit, ...]) -> str | None:
+        """Why an input has a shape that the children take, but no op, or None: a single image, without BatchNorm."""
+        single = x.dim() == 3 and all(unit.bn is None for unit in units[:1])
+        return "the input is not batched" if single else None
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer on an input ``(N, C, H, W)``."""
@@ -92,6 +104,7 @@ class Fused(nn.Module):
         if is_compiling():
             checks.CHECKS[op.name](*args)
             return dispatch.run(op.name, args, tensors)
+        self._check(x, units)
         result = site.check_and_call(op.name, args, tensors)
         containers = self._containers()
         arguments = [
@@ -108,12 +121,14 @@ class Fused(nn.Module):
         units = self._units()
         if isinstance(units, str) or (type(x) is not Tensor and type(x) is not nn.Parameter) or x.dtype.is_complex:
             return
-        if torch.jit.is_tracing():
-            return
-        conv: Any = units[0].conv
-        weight = conv._parameters.get("weight")
-        if type(conv) is nn.Conv2d and weight is not None and not (x.dim() == 3 and units[0].bn is None):
-            checks.image("input", x, weight.shape[1] * conv.groups)
+        if not torch.jit.is_tracing() and self._shape_reason(x, units) is None:
+            self._check(x, units)
+
+    def _check(self, x: Tensor, units: tuple[Unit, ...]) -> None:
+        """Raise for an input of a shape that does not fit."""
+        channels = self._channels(units)
+        if channels is not None:
+            checks.image("input", x, channels)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = self.__dict__.copy()

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastblocks.functional import checks
 from fastblocks.layers.base import Fused, Op
-from fastblocks.layers.fuse import Unit, is_depthwise, is_pointwise
+from fastblocks.layers.fuse import Unit, groups_reason, is_depthwise, is_pointwise
 
 Layer = Callable[..., nn.Module]
 Pair = int | Sequence[int]
@@ -124,10 +124,13 @@ class ConvBNAct(Fused, nn.Sequential):
     def _op(self, units: tuple[Unit, ...]) -> Op | str:
         unit = units[0]
         conv: Any = unit.conv
-        bn: Any = unit.bn
-        eps = 0.0 if bn is None else bn.eps
+        eps = unit.eps()
         if is_pointwise(conv):
             return Op("pointwise_conv_bn_act", (eps, unit.activation(), None))
+        if conv.groups != 1 and not is_depthwise(conv):
+            if not is_pointwise(conv, grouped=True):
+                return groups_reason(unit)
+            return Op("grouped_pointwise_conv_bn_act", (eps, conv.groups, 1, unit.activation(), None))
         name = "depthwise_conv_bn_act" if is_depthwise(conv) else "conv_bn_act"
         last = (eps, conv.stride, conv.padding, conv.dilation, unit.activation())
         size = conv.weight.shape[2:]
@@ -160,6 +163,13 @@ def units_of(layer: nn.Sequential, name: str) -> tuple[Unit, ...] | str:
     if rest:
         return f"{name or 'the layer'} has a {type(act).__name__} where a normalisation is expected"
     return (Unit(name, conv, bn, act),)
+
+
+def block_units(block: nn.Module | None, name: str) -> tuple[Unit, ...] | str:
+    """The one convolution of a layer's child that should be a `ConvBNAct`; or why there is none."""
+    if not isinstance(block, ConvBNAct) or type(block).forward is not ConvBNAct.forward:
+        return f"{name} is a {type(block).__name__}, not a ConvBNAct"
+    return units_of(block, name)
 
 
 class PointwiseConvBNAct(ConvBNAct):

@@ -49,11 +49,19 @@ class Unit(NamedTuple):
     bn: nn.Module | None
     act: nn.Module | None
 
+    def prefix(self) -> str:
+        """What stands before its parts in messages."""
+        return f"{self.name}." if self.name else ""
+
     def modules(self) -> Iterator[nn.Module]:
         """The modules of this unit."""
         for child in self[1:]:
             if child is not None:
                 yield child  # type: ignore[misc]
+
+    def eps(self) -> float:
+        """Of the BatchNorm; any where there is none."""
+        return 0.0 if self.bn is None else self.bn.eps  # type: ignore[return-value]
 
     def activation(self) -> str | None:
         """The op's name for the activation."""
@@ -83,9 +91,9 @@ def is_depthwise(conv: Any) -> bool:
     return bool(conv.groups > 1 and tuple(conv.weight.shape[:2]) == (conv.groups, 1))
 
 
-def is_pointwise(conv: Any) -> bool:
-    """1x1, one group, stride 1, no padding."""
-    plain = conv.groups == 1 and conv.stride == (1, 1) and conv.padding == (0, 0)
+def is_pointwise(conv: Any, grouped: bool = False) -> bool:
+    """1x1, stride 1, no padding; one group, or with `grouped` any number of them."""
+    plain = (grouped or conv.groups == 1) and conv.stride == (1, 1) and conv.padding == (0, 0)
     return bool(plain and tuple(conv.weight.shape[2:]) == (1, 1))
 
 
@@ -149,8 +157,38 @@ def _conv_reason(conv: nn.Module) -> str | None:
         value = getattr(conv, name)
         if type(value) is not tuple or len(value) != 2:
             return f"has {name} {value!r}, not a pair"
+    return None
+
+
+def groups_reason(unit: Unit) -> str:
+    """The reason of an op that does not take this unit's groups."""
+    conv: Any = unit.conv
+    return f"{unit.prefix()}convolution has {conv.groups} groups"
+
+
+def pointwise_reason(unit: Unit, grouped: bool = False) -> str | None:
+    """Why a convolution is none that an op takes for 1x1, or None."""
+    conv: Any = unit.conv
+    if conv.groups != 1 and not grouped and not is_depthwise(conv):
+        return groups_reason(unit)
+    return None if is_pointwise(conv, grouped) else f"{unit.name} is no 1x1 convolution with stride 1"
+
+
+def depthwise_reason(unit: Unit, *, same: bool = False) -> str | None:
+    """Why a convolution is none that a block's op takes for depthwise, or None.
+
+    With `same`, the kernel must be odd and padded so that stride 1 keeps height and width.
+    """
+    conv: Any = unit.conv
     if conv.groups != 1 and not is_depthwise(conv):
-        return f"has {conv.groups} groups"
+        return groups_reason(unit)
+    if not is_depthwise(conv) and tuple(conv.weight.shape[:2]) != (1, 1):
+        return f"{unit.name} is no depthwise convolution"
+    kernel, width = conv.weight.shape[2:]
+    (stride, other), (padding, pad) = conv.stride, conv.padding
+    square = kernel == width and stride == other and padding == pad and conv.dilation == (1, 1)
+    if not square or (same and 2 * padding != kernel - 1):
+        return f"{unit.name} has a kernel, stride, padding or dilation that the op does not know"
     return None
 
 
@@ -167,7 +205,8 @@ def _bn_reason(bn: nn.Module) -> str | None:
     return None
 
 
-def _act_reason(act: nn.Module) -> str | None:
+def activation_reason(act: nn.Module) -> str | None:
+    """Why an activation is none that an op has, or None."""
     if type(act) not in ACTIVATIONS:
         return f"is a {type(act).__name__}, none of {', '.join(kind.__name__ for kind in ACTIVATIONS)}"
     if type(act) is nn.ReLU6 and (act.min_val, act.max_val) != _SIX:
@@ -180,15 +219,14 @@ def children_reason(units: tuple[Unit, ...], containers: tuple[tuple[str, nn.Mod
     if global_hooks():
         return "global module hooks are set"
     for unit in units:
-        prefix = f"{unit.name}." if unit.name else ""
         for part, module, reason in (
             ("convolution", unit.conv, _conv_reason),
             ("normalisation", unit.bn, _bn_reason),
-            ("activation", unit.act, _act_reason),
+            ("activation", unit.act, activation_reason),
         ):
             found = None if module is None else watched(module) or reason(module)
             if found is not None:
-                return f"{prefix}{part} {found}"
+                return f"{unit.prefix()}{part} {found}"
     for name, module in containers:
         found = watched(module)
         if found is not None:
@@ -233,4 +271,7 @@ def modules_of(units: tuple[Unit, ...], layer: nn.Module, containers: tuple[nn.M
         ):
             if child is not None:
                 settings += [(child.__dict__, name, getattr(child, name)) for name in names]
+    for module in containers:
+        # a pooling's or a shuffle's; a container has none
+        settings += [(module.__dict__, name, getattr(module, name)) for name in getattr(module, "__constants__", ())]
     return Modules(tuple(module._modules for module in (layer, *containers)), states, hooks_of(states), settings)

@@ -38,6 +38,63 @@ def global_avg_pool(x: Any) -> Any:
     return y.flatten(1)
 
 
+def _run_linear(x: Tensor, linear: nn.Module, modules: site.Modules) -> tuple[Tensor, site.Site | None]:
+    """The op with all checks, and the site for the next call."""
+    weight: Any = linear.weight
+    bias: Any = linear.bias
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    result = site.check_and_call("linear", (x, weight, bias), tensors)
+    arguments = [site.tensor((linear._parameters, name)) for name in ("weight", "bias")]
+    return result, site.make("linear", x, arguments, modules, least=None)
+
+
+def _linear_reason(x: Any, linear: nn.Module) -> str | None:
+    """Why the op may not run with this input and the tensors of this layer, or None."""
+    reason = tensors_reason(linear, ("weight", "bias")) or input_reason(x)
+    return reason or (None if x.dim() == 2 else f"the input has {x.dim()} dimensions")
+
+
+class Linear(nn.Linear):
+    """torch's ``nn.Linear``, with all of its arguments, by the op where it may be.
+
+    Args:
+        in_features: length of the input vectors.
+        out_features: length of the output vectors.
+        bias: whether there is one.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        ``(N, in_features)`` to ``(N, out_features)``.
+
+    Example:
+        >>> import torch
+        >>> tuple(Linear(8, 2)(torch.ones(1, 8)).shape)
+        (1, 2)
+    """
+
+    _site: site.Site | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Product with the weight, plus the bias."""
+        call = None if is_compiling() else self._site
+        if call is not None:
+            result = call(input)
+            if result is not None:
+                return result
+        if _linear_reason(input, self) is not None:
+            return super().forward(input)
+        if is_compiling():
+            return functional.linear(input, self.weight, self.bias)
+        result, self.__dict__["_site"] = _run_linear(input, self, site.Modules())
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.__dict__.copy()
+        state.pop("_site", None)
+        return state
+
+
 class Classifier(nn.Sequential):
     """Dropout and a fully connected layer, ``"0"`` and ``"1"``, the latter as an op where it may be.
 
@@ -81,8 +138,7 @@ class Classifier(nn.Sequential):
         dropout, linear = children
         if dropout.training:
             return "dropout is in training mode"
-        reason = watched(dropout) or watched(linear) or tensors_reason(linear, ("weight", "bias"))
-        return reason or input_reason(x) or (None if x.dim() == 2 else f"the input has {x.dim()} dimensions")
+        return watched(dropout) or watched(linear) or _linear_reason(x, linear)
 
     def _forward_checked(self, x: Any) -> Any:
         if self._why_not(x) is not None:
@@ -91,13 +147,9 @@ class Classifier(nn.Sequential):
         linear = children[1]
         if is_compiling():
             return functional.linear(x, linear.weight, linear.bias)
-        tensors = [t for t in (x, linear.weight, linear.bias) if t is not None]
-        result = site.check_and_call("linear", (x, linear.weight, linear.bias), tensors)
         states = [child.__dict__ for child in children]
         modules = site.Modules((self._modules,), states, hooks_of(states), ((states[0], "training", False),))
-        parameters = linear._parameters
-        arguments = [site.tensor((parameters, name)) for name in ("weight", "bias")]
-        self.__dict__["_site"] = site.make("linear", x, arguments, modules, least=None)
+        result, self.__dict__["_site"] = _run_linear(x, linear, modules)
         return result
 
     def __getstate__(self) -> dict[str, Any]:

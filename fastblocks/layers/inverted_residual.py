@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from fastblocks.layers.base import Fused, Op
-from fastblocks.layers.conv import ConvBNAct, DepthwiseConvBNAct, PointwiseConvBNAct, positive, units_of
-from fastblocks.layers.fuse import Unit, is_depthwise, is_pointwise
+from fastblocks.layers.conv import DepthwiseConvBNAct, PointwiseConvBNAct, block_units, positive
+from fastblocks.layers.fuse import Unit, depthwise_reason, pointwise_reason
 
 
 class InvertedResidual(Fused):
@@ -87,9 +87,7 @@ class InvertedResidual(Fused):
         *blocks, (_, project), (_, bn) = children
         units: list[Unit] = []
         for name, block in blocks:
-            if not isinstance(block, ConvBNAct) or type(block).forward is not ConvBNAct.forward:
-                return f"conv.{name} is a {type(block).__name__}, not a ConvBNAct"
-            found = units_of(block, f"conv.{name}")
+            found = block_units(block, f"conv.{name}")
             if isinstance(found, str):
                 return found
             units += found
@@ -99,17 +97,13 @@ class InvertedResidual(Fused):
 
     def _op(self, units: tuple[Unit, ...]) -> Op | str:
         *expand, depthwise, project = units
-        conv: Any
+        reason = depthwise_reason(depthwise)
         for unit in (*expand, project):
-            if not is_pointwise(unit.conv):
-                return f"{unit.name} is no 1x1 convolution with stride 1"
-        conv = depthwise.conv
-        kernel, size = conv.weight.shape[2:]
-        if not is_depthwise(conv) and conv.weight.shape[0] != 1:
-            return f"{depthwise.name} is no depthwise convolution"
-        (stride, other), (padding, pad) = conv.stride, conv.padding
-        if kernel != size or stride != other or padding != pad or conv.dilation != (1, 1):
-            return f"{depthwise.name} has a kernel, stride, padding or dilation that the op does not know"
+            reason = reason or pointwise_reason(unit)
+        if reason is not None:
+            return reason
+        conv: Any = depthwise.conv
+        kernel, stride, padding = conv.weight.shape[2], conv.stride[0], conv.padding[0]
         activation = depthwise.activation()
         if expand and expand[0].activation() != activation:
             return "the two activations differ"
@@ -119,7 +113,7 @@ class InvertedResidual(Fused):
         same = first.weight.shape[1] * first.groups == last.weight.shape[0]
         if residual and (stride != 1 or 2 * padding != kernel - 1 or not same):
             return "the output has another shape than the input that it is added to"
-        eps = [1e-5, *(0.0 if unit.bn is None else unit.bn.eps for unit in units)][-3:]
+        eps = [1e-5, *(unit.eps() for unit in units)][-3:]
         return Op(
             "inverted_residual",
             (tuple(eps), stride, padding, activation, residual),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
+
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 
 
-def register(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def register(function: Builder) -> Builder:
     """Make a function known to `create` under its own name."""
     _MODELS[function.__name__] = function
     return function

@@ -29,6 +29,8 @@ from urllib.request import Request, urlopen
 import torch
 from torch import Tensor
 
+from fastblocks.models.convert import from_timm, is_timm
+
 __all__ = [
     "IMAGENET",
     "IMAGENET_ALIASES",
@@ -74,8 +76,8 @@ def load_state_dict(source: str | os.PathLike[str], name: str, progress: bool = 
     Args:
         source: "imagenet" (or torchvision's "IMAGENET1K_V1", "DEFAULT"): fetched on first use, then read from
             torch.hub's cache. Anything else is the path of a .safetensors file or of a .pth/.pt file, read with
-            `weights_only=True`. A checkpoint wrapped as {"state_dict": ...} or {"model": ...} is unwrapped, and the
-            "module." of DataParallel taken off.
+            `weights_only=True`. A checkpoint wrapped as {"state_dict": ...} or {"model": ...} is unwrapped, the
+            "module." of DataParallel taken off, and timm's names of MobileNet and MobileNetV2 changed into ours.
         name: name of the network, as `fastblocks.models.list()` has it.
         progress: show on stderr how a download goes.
 
@@ -105,7 +107,8 @@ def load_state_dict(source: str | os.PathLike[str], name: str, progress: bool = 
         if not path.is_file():
             raise ValueError(f"weights {os.fspath(source)!r} is not a file")
     loaded = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickled(path)
-    return _unwrap(loaded, path)
+    state_dict = _unwrap(loaded, path)
+    return from_timm(state_dict) if is_timm(state_dict) else state_dict
 
 
 def fetch_imagenet(name: str, progress: bool = True) -> Path:
