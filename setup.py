@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +38,7 @@ if X86:
 
 MACROS = [(name, "1") for name, on in (("FASTBLOCKS_X86", X86), ("FASTBLOCKS_EMULATE_V4", EMULATE_V4)) if on]
 SOURCES = sorted(str(path) for folder in ("csrc", "csrc/ops") for path in Path(folder).glob("*.cpp"))
+SOURCES.remove("csrc/bindings.cpp")
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
 
@@ -45,6 +47,21 @@ def kernel_library(level: str, flags: list[str]) -> tuple[str, dict]:
     return (
         f"fastblocks_{level}",
         {"sources": [source], "obj_deps": {"": [source, "setup.py", *HEADERS]}, "cflags": [*KERNEL_FLAGS, *flags]},
+    )
+
+
+def core_library() -> tuple[str, dict]:
+    """All but the module itself: a library builds beside the others."""
+    include = sysconfig.get_paths()["include"]
+    return (
+        "fastblocks_core",
+        {
+            "sources": SOURCES,
+            "obj_deps": {"": ["setup.py", *HEADERS], **{source: [source] for source in SOURCES}},
+            "cflags": [*FLAGS, "-g0"],
+            "include_dirs": [include],
+            "macros": MACROS,
+        },
     )
 
 
@@ -66,7 +83,9 @@ class BuildLibraries(build_clib):
     def build_libraries(self, libraries) -> None:
         try:
             with ThreadPoolExecutor() as pool:
-                list(pool.map(lambda library: super(BuildLibraries, self).build_libraries([library]), libraries))
+                # the widest level takes longest, so it begins
+                longest_first = sorted(libraries, key=lambda library: -len(library[1]["cflags"]))
+                list(pool.map(lambda library: super(BuildLibraries, self).build_libraries([library]), longest_first))
         except Exception as error:
             failed(error)
             self.distribution.native_build_failed = True
@@ -101,17 +120,17 @@ def native_parts() -> dict:
 
     extension = Extension(
         "fastblocks._C",
-        sources=SOURCES,
+        sources=["csrc/bindings.cpp"],
         include_dirs=["csrc", pybind11.get_include()],
         define_macros=MACROS,
-        extra_compile_args=[*FLAGS, "-g0"],
+        # the module only hands on: nothing of it is worth optimising long
+        extra_compile_args=[*FLAGS, "-O1", "-g0"],
         depends=["setup.py", *HEADERS, *(f"csrc/isa/{level}.cpp" for level in LEVELS)],
         language="c++",
     )
     return {
         "ext_modules": [extension],
-        # the widest level takes longest, so it begins
-        "libraries": [kernel_library(level, flags) for level, flags in reversed(LEVELS.items())],
+        "libraries": [core_library(), *(kernel_library(level, flags) for level, flags in LEVELS.items())],
         "cmdclass": {"build_clib": BuildLibraries, "build_ext": BuildExtension},
     }
 

@@ -68,20 +68,28 @@ FASTBLOCKS_INLINE void interleave_loose(const float* const* streams, int64_t beg
   }
 }
 
-// The same without a byte too much.
+// The same without a byte too much. What whole blocks leave over is done by a last block that ends there, and partly repeats
+// the one before; value by value only where there is no room for one.
 template <int S>
 FASTBLOCKS_INLINE void interleave_exact(const float* const* streams, int64_t begin, int64_t end, float* out) {
-  int64_t i = begin;
-  for (; i < end && i % S; ++i) *out++ = streams[i % S][i / S];
-  for (; i + S * kLanes <= end; i += S * kLanes, out += S * kLanes) {
+  constexpr int64_t kBlock = S * kLanes;
+  const auto block = [&](int64_t i) __attribute__((always_inline)) {
     Vec v[S];
 #pragma GCC unroll 8
     for (int s = 0; s < S; ++s) v[s] = load(streams[s] + i / S);
     interleave<S>(v);
 #pragma GCC unroll 8
-    for (int s = 0; s < S; ++s) store(out + s * kLanes, v[s]);
+    for (int s = 0; s < S; ++s) store(out + (i - begin) + s * kLanes, v[s]);
+  };
+  int64_t i = begin;
+  for (; i < end && i % S; ++i) out[i - begin] = streams[i % S][i / S];
+  const int64_t first = i;
+  for (; i + kBlock <= end; i += kBlock) block(i);
+  if (i < end && i > first && end % S == 0) {
+    block(end - kBlock);
+    return;
   }
-  for (; i < end; ++i) *out++ = streams[i % S][i / S];
+  for (; i < end; ++i) out[i - begin] = streams[i % S][i / S];
 }
 
 constexpr int64_t kMostStreams = 8;  // with vectors
