@@ -125,7 +125,7 @@ def native_parts() -> dict:
         define_macros=MACROS,
         # the module only hands on: nothing of it is worth optimising long
         extra_compile_args=[*FLAGS, "-O1", "-g0"],
-        depends=["setup.py", *HEADERS, *(f"csrc/isa/{level}.cpp" for level in LEVELS)],
+        depends=["setup.py", *HEADERS, *SOURCES, *(f"csrc/isa/{level}.cpp" for level in LEVELS)],
         language="c++",
     )
     return {

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 import fastblocks
-from fastblocks import ConvBNAct, DepthwiseConvBNAct, InvertedResidual, PointwiseConvBNAct
-from fastblocks.models.mobilenet_v2 import channels_last
+from fastblocks import ConvBNAct, DepthwiseConvBNAct, InvertedResidual, PointwiseConvBNAct, functional
+from fastblocks.cli.stock import stock_model
+from fastblocks.models.common import channels_last
 
 FULL = os.environ.get("FASTBLOCKS_BENCH", "") == "full"
 SECONDS = float(os.environ.get("FASTBLOCKS_BENCH_SECONDS", "1.0" if FULL else "0.3"))
@@ -65,10 +66,68 @@ def _stock_block(cin: int, out: int, stride: int) -> nn.Module:
     return Stock(cin, out, stride, 6)
 
 
-def _stock_network() -> nn.Module:
-    import torchvision
+class GroupedPointwise(nn.Sequential):
+    """Grouped 1x1 convolution, BatchNorm, ReLU, channel shuffle: plain torch, and as one op."""
 
-    return torchvision.models.mobilenet_v2()
+    def __init__(self, cin: int, out: int, groups: int, fused: bool) -> None:
+        conv = nn.Conv2d(cin, out, 1, groups=groups, bias=False)
+        super().__init__(conv, nn.BatchNorm2d(out), nn.ReLU(), nn.ChannelShuffle(groups))
+        self.groups, self.fused = groups, fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.fused:
+            return super().forward(x)
+        conv, bn = self[0], self[1]
+        record = functional.ConvBN(conv.weight, None, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+        return functional.grouped_pointwise_conv_bn_act(
+            x, record, groups=self.groups, shuffle=self.groups, activation="relu"
+        )
+
+
+class ShuffleSplit(nn.Module):
+    """Channel shuffle in two groups and the split behind it; torch makes two copies."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return functional.channel_shuffle_split(x, 2)[1]
+        n, c, h, w = x.shape
+        y = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        form = torch.channels_last if last else torch.contiguous_format
+        return [half.contiguous(memory_format=form) for half in y.chunk(2, 1)][1]
+
+
+def _network(name: str) -> Shape:
+    return Shape(
+        f"{name} 224x224",
+        (3, 224, 224),
+        lambda: fastblocks.models.create(name),
+        lambda: stock_model(fastblocks.models.create(name).state_dict()),
+        compiled=True,
+        image=True,
+    )
+
+
+def _grouped(cin: int, out: int, groups: int, side: int) -> Shape:
+    return Shape(
+        f"grouped_pointwise_conv_bn_act {cin}-{out} g{groups} {side}x{side}",
+        (cin, side, side),
+        lambda: GroupedPointwise(cin, out, groups, True),
+        lambda: GroupedPointwise(cin, out, groups, False),
+    )
+
+
+def _shuffle_split(channels: int, side: int) -> Shape:
+    return Shape(
+        f"channel_shuffle_split {channels} {side}x{side}",
+        (channels, side, side),
+        lambda: ShuffleSplit(True),
+        lambda: ShuffleSplit(False),
+    )
 
 
 def _stem(cin: int, out: int, side: int, *, nchw: bool = False) -> Shape:
@@ -121,16 +180,21 @@ OPS = (
     _block(32, 32, 28, 1),
     _block(160, 160, 7, 1),
     Shape("global_avg_pool 1280 7x7", (1280, 7, 7), Pool, lambda: nn.AdaptiveAvgPool2d(1)),
+    _grouped(200, 50, 2, 28),
+    _grouped(240, 60, 3, 28),
+    _grouped(544, 136, 4, 14),
+    _grouped(1536, 384, 8, 7),
+    _shuffle_split(116, 28),
+    _shuffle_split(464, 7),
+    Shape(
+        "max_pool2d 24 3x3 112x112 s2",
+        (24, 112, 112),
+        lambda: fastblocks.layers.pool.MaxPool2d(3, 2, 1),
+        lambda: nn.MaxPool2d(3, 2, 1),
+    ),
 )
 
-NETWORK = Shape(
-    "mobilenet_v2 224x224",
-    (3, 224, 224),
-    fastblocks.models.mobilenet_v2,
-    _stock_network,
-    compiled=True,
-    image=True,
-)
+NETWORKS = tuple(map(_network, ("mobilenet_v1", "mobilenet_v2", "shufflenet_v1_g3", "shufflenet_v2_x1_0")))
 
 
 def ids(shape: Shape) -> str:
@@ -166,7 +230,7 @@ def threads(request: pytest.FixtureRequest, only_when_asked: None) -> Iterator[i
 
 @functools.lru_cache(maxsize=2)
 def _problem(shape: Shape, batch: int) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Weights under torchvision's keys, an input, and what float64 makes of them."""
+    """Weights under the keys that both sides have, an input, and what float64 makes of them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         stock = shape.stock().eval()

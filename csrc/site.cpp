@@ -1,11 +1,11 @@
 #include "site.h"
 
-#include <algorithm>
 #include <memory>
 #include <new>
 #include <utility>
 #include <vector>
 
+#include "cache_lines.h"
 #include "ops.h"
 #include "tensors.h"
 
@@ -13,10 +13,12 @@ namespace fastblocks {
 
 namespace {
 
-// A tensor in a module's dictionary; where there was none there must be none.
+// A tensor in a module's dictionary, and what it looked like; where there was none there must be none.
 struct Place {
   Ref dict, name;
   bool filled;
+  Ref type;
+  TensorView seen;
 };
 
 struct Argument {
@@ -40,40 +42,14 @@ struct Modules {
 };
 
 struct Site {
-  Ref table, name, differentiable, grad_enabled, guard;
+  Ref table, name, differentiable, grad_enabled;
+  Ref guard, input_guard;  // of all tensors, and of the input alone
   std::vector<Ref> watchers;
   std::vector<Argument> arguments;
   size_t tensors = 1;
   bool needs_grad;
   int64_t channels, least[2];  // negative: any
   Modules modules;
-};
-
-// Where things lie in memory. The kernels of the call before have emptied the caches, so a check would wait for memory hundreds
-// of times, one after the other; fetched ahead, all at once, that is over in a tenth of the time. Wrong addresses do no harm.
-class CacheLines {
- public:
-  void add(const void* at, size_t before, size_t bytes) {
-    const uintptr_t begin = ((uintptr_t)at - before) / kLine, end = ((uintptr_t)at + bytes + kLine - 1) / kLine;
-    for (uintptr_t line = begin; line < end; ++line) lines_.push_back((const char*)(line * kLine));
-  }
-  void add_dict(PyObject* dict, size_t entries) {
-    const PyDictObject* d = (const PyDictObject*)dict;
-    add(d, 0, sizeof(PyDictObject));
-    add(d->ma_keys, 0, 64 + entries * 28);
-    if (d->ma_values) add(d->ma_values, 8, entries * sizeof(PyObject*));
-  }
-  void finish() {
-    std::sort(lines_.begin(), lines_.end());
-    lines_.erase(std::unique(lines_.begin(), lines_.end()), lines_.end());
-  }
-  void fetch() const {
-    for (const char* line : lines_) __builtin_prefetch(line);
-  }
-
- private:
-  static constexpr uintptr_t kLine = 64;
-  std::vector<const char*> lines_;
 };
 
 struct Chain {
@@ -95,11 +71,12 @@ std::vector<Ref> list_of(PyObject* sequence, bool dicts) {
 }
 
 Place place(PyObject* described) {
-  Place p{item(described, 0), item(described, 1), false};
+  Place p{item(described, 0), item(described, 1), false, Ref(), {}};
   require(PyDict_Check(p.dict.get()), "fastblocks._C: a dict is expected");
   PyObject* found = PyDict_GetItemWithError(p.dict.get(), p.name.get());
   require(found, "fastblocks._C: a tensor that is not there");
   p.filled = found != Py_None;
+  if (p.filled) p.type = Ref::borrow((PyObject*)Py_TYPE(found)), p.seen = view(found);
   return p;
 }
 
@@ -168,13 +145,30 @@ bool same_settings(const Modules& s) {
   return true;
 }
 
-// The arguments as there are now, and the tensors among them; false where one came or went.
-bool gather(const Site& s, PyObject* args, PyObject** tensors) {
+// Whether a tensor is of the same type, sizes and strides; that it is on the CPU and float32 follows from its having a view.
+bool same_tensor(const Place& p, PyObject* tensor) {
+  if ((PyObject*)Py_TYPE(tensor) != p.type.get()) return false;
+  TensorView v;
+  try {
+    v = view(tensor);
+  } catch (const PythonError&) {  // not for these kernels: the long way says what it is
+    PyErr_Clear();
+    return false;
+  }
+  if (v.dims != p.seen.dims) return false;
+  for (int i = 0; i < v.dims; ++i)
+    if (v.size[i] != p.seen.size[i] || v.stride[i] != p.seen.stride[i]) return false;
+  return true;
+}
+
+// The arguments as there are now, and the tensors among them; false where one came or went, or, if `compare`, differs.
+bool gather(const Site& s, PyObject* args, PyObject** tensors, bool compare) {
   Py_ssize_t next = 1;
   const auto take = [&](const Place& p, PyObject** to) {
     PyObject* found = PyDict_GetItemWithError(p.dict.get(), p.name.get());
     if (!found && PyErr_Occurred()) throw PythonError();
     if (!found || (found != Py_None) != p.filled) return false;
+    if (compare && p.filled && !same_tensor(p, found)) return false;
     if (p.filled) *tensors++ = found;
     Py_INCREF(found);
     *to = found;
@@ -205,15 +199,22 @@ bool unchanged(const Modules& m, bool grad) {
          total_size(m.states) == m.states_size && same_settings(m);
 }
 
-// The arguments as there are now if all is as it was, else null. `input` stands for the input, whose sizes are left out.
-Ref arguments_if_unchanged(const Site& s, PyObject* input, bool grad) {
+// The arguments as there are now if all is as it was, else null. `input` is the input, or in a chain stands for it: its sizes
+// are left out.
+//
+// Torch's guard knows more of a tensor than its view says (whether it needs a gradient, whether its values are negated, which
+// transforms are active) and reads more memory. Without gradients it is asked of the input alone.
+Ref arguments_if_unchanged(const Site& s, PyObject* input, bool grad, bool first) {
   if (!unchanged(s.modules, grad)) return Ref();
+  const bool guard_all = grad || !views_tell_type();
   Ref args = Ref::checked(PyTuple_New((Py_ssize_t)s.arguments.size() + 1));
   PyTuple_SET_ITEM(args.get(), 0, Py_NewRef(input));
   PyObject* tensors[kMostTensors];
   tensors[0] = input;
-  if (!gather(s, args.get(), tensors + 1)) return Ref();
-  const Ref same = Ref::checked(PyObject_Vectorcall(s.guard.get(), tensors, s.tensors, nullptr));
+  if (!gather(s, args.get(), tensors + 1, !guard_all)) return Ref();
+  if (!guard_all && !first) return args;
+  const Ref& guard = guard_all ? s.guard : s.input_guard;
+  const Ref same = Ref::checked(PyObject_Vectorcall(guard.get(), tensors, guard_all ? s.tensors : 1, nullptr));
   return same.get() == Py_True ? std::move(args) : Ref();
 }
 
@@ -239,7 +240,7 @@ PyObject* none() { return Py_NewRef(Py_None); }
 
 PyObject* call(const Site& s, PyObject* input) {
   const bool grad = truth_of(s.grad_enabled.get());
-  const Ref args = arguments_if_unchanged(s, input, grad);
+  const Ref args = arguments_if_unchanged(s, input, grad, true);
   if (!args.get() || watched(s) || !fits(s, view(input))) return none();
   if (s.needs_grad && grad) {
     PyObject* const both[] = {s.name.get(), args.get()};
@@ -284,7 +285,9 @@ void add_lines(CacheLines& lines, const Modules& m) {
 void add_lines(CacheLines& lines, const Site& s) {
   lines.add(&s, 0, sizeof(Site));
   add_lines(lines, s.modules);
-  for (const Argument& a : s.arguments)
+  lines.add(s.arguments.data(), 0, s.arguments.size() * sizeof(Argument));
+  for (const Argument& a : s.arguments) {
+    lines.add(a.places.data(), 0, a.places.size() * sizeof(Place));
     for (const Place& p : a.places) {
       lines.add_dict(p.dict.get(), (size_t)PyDict_GET_SIZE(p.dict.get()));
       PyObject* tensor = PyDict_GetItemWithError(p.dict.get(), p.name.get());
@@ -293,9 +296,10 @@ void add_lines(CacheLines& lines, const Site& s) {
       // sizes stand in the middle of torch's tensor object, which is about 200 bytes long
       if (const void* record = record_of(tensor)) lines.add(record, 128, 128);
     }
+  }
 }
 
-// The input stands for all that comes between: what ops give is as plain a tensor as the input that passed the guard.
+// The input stands for all that comes between: what ops give is as plain a tensor as the input that passed the first guard.
 PyObject* call(const Chain& chain, PyObject* input) {
   chain.lines.fetch();
   const Site* const first = site_of(chain.layers[0].get());
@@ -308,7 +312,7 @@ PyObject* call(const Chain& chain, PyObject* input) {
   for (const Ref& layer : chain.layers) {
     const Site* site = site_of(layer.get());
     if (!site || (grad && site->needs_grad)) return none();
-    arguments.push_back(arguments_if_unchanged(*site, input, grad));
+    arguments.push_back(arguments_if_unchanged(*site, input, grad, site == first));
     if (!arguments.back().get()) return none();
     sites.push_back(site);
   }
@@ -378,12 +382,12 @@ PyObject* make(PyObject* d) {
     for (const Place& p : s->arguments.back().places) s->tensors += p.filled;
   }
   require(s->tensors <= kMostTensors, "fastblocks._C: more tensors than a site can hold");
-  s->guard = item(d, 3), s->watchers = list_of(item(d, 4).get(), false);
-  s->grad_enabled = item(d, 5), s->differentiable = item(d, 6);
-  s->needs_grad = PyObject_IsTrue(item(d, 7).get()) == 1;
-  s->channels = PyLong_AsLongLong(item(d, 8).get());
-  s->least[0] = PyLong_AsLongLong(item(d, 9).get()), s->least[1] = PyLong_AsLongLong(item(d, 10).get());
-  s->modules = modules_at(d, 11);
+  s->guard = item(d, 3), s->input_guard = item(d, 4), s->watchers = list_of(item(d, 5).get(), false);
+  s->grad_enabled = item(d, 6), s->differentiable = item(d, 7);
+  s->needs_grad = PyObject_IsTrue(item(d, 8).get()) == 1;
+  s->channels = PyLong_AsLongLong(item(d, 9).get());
+  s->least[0] = PyLong_AsLongLong(item(d, 10).get()), s->least[1] = PyLong_AsLongLong(item(d, 11).get());
+  s->modules = modules_at(d, 12);
   if (PyErr_Occurred()) throw PythonError();
   return function_on(std::move(s), kCapsule, &call_method);
 }

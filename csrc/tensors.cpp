@@ -93,6 +93,8 @@ void set_tensor_functions(PyObject* exchange_api, PyObject* from_dlpack_function
   channels_last = channels_last_format;
 }
 
+bool views_tell_type() { return exchange != nullptr; }
+
 TensorView view(PyObject* tensor) {
   if (!exchange) return view_by_methods(tensor);
   DLTensor t;

@@ -70,6 +70,8 @@ struct TensorView {
 
 // Any tensor of up to four dimensions.
 TensorView view(PyObject* tensor);
+// Whether view() makes sure that a tensor is a float32 tensor on the CPU (without the exchange API it does not).
+bool views_tell_type();
 // The values of a tensor with one dimension of this length, or null for None.
 const float* vector_values(PyObject* tensor, int64_t length);
 

@@ -15,7 +15,6 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastblocks.backends import reference
 
@@ -35,8 +34,8 @@ class _State:
 
     def __init__(self) -> None:
         self.name = "reference"
-        self.native: dict[str, Callable[..., Tensor]] | None = None
-        self.table: dict[str, Callable[..., Tensor]] = dict(reference.TABLE)
+        self.native: dict[str, Callable[..., Any]] | None = None
+        self.table: dict[str, Callable[..., Any]] = dict(reference.TABLE)
 
 
 state = _State()

@@ -105,4 +105,4 @@ def pack_slots() -> int:
 make_site = _C.make_site
 make_chain = _C.make_chain
 
-TABLE: dict[str, Callable[..., Tensor]] = {name: getattr(_C, name, reference.TABLE[name]) for name in reference.TABLE}
+TABLE: dict[str, Callable[..., Any]] = {name: getattr(_C, name) for name in reference.TABLE}

@@ -136,6 +136,7 @@ def make(
         name,
         arguments,
         _remember(input, tensors),
+        _remember(input, ()),
         (profiling, function_modes, dispatch_modes),
         torch.is_grad_enabled,
         differentiable,

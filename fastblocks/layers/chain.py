@@ -12,7 +12,7 @@ from fastblocks.layers.base import Fused
 from fastblocks.layers.fuse import hooks_of, watched
 
 
-def _runs_its_op_alone(layer: Any) -> bool:
+def runs_its_op_alone(layer: Any) -> bool:
     """Whether calling this layer is calling its op: no class has put more around it."""
     kind = type(layer)
     plain = isinstance(layer, Fused) and kind.forward is Fused.forward and kind.__call__ is nn.Module.__call__
@@ -47,7 +47,7 @@ class Sequential(nn.Sequential):
         self.__dict__.pop("_chain", None)
         result = super().forward(input)
         children = list(self._modules.values())
-        if len(children) > 1 and all(map(_runs_its_op_alone, children)):
+        if len(children) > 1 and all(map(runs_its_op_alone, children)):
             states = [child.__dict__ for child in children]  # type: ignore[union-attr]
             joined = site.chain(states, site.Modules((self._modules,), states, hooks_of(states)))
             if joined is not None:

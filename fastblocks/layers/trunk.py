@@ -8,7 +8,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from fastblocks.functional import site
-from fastblocks.layers.chain import Sequential, _runs_its_op_alone
+from fastblocks.layers.chain import Sequential, runs_its_op_alone
 from fastblocks.layers.fuse import hooks_of, watched
 
 
@@ -47,7 +47,7 @@ class Trunk(nn.Module):
                 layers += child._modules.values()
             else:
                 layers.append(child)
-        if not all(map(_runs_its_op_alone, layers)):
+        if not all(map(runs_its_op_alone, layers)):
             return None
         tables = tuple(module._modules for module in (self, *containers))
         states = [module.__dict__ for module in (*containers, *layers)]
