@@ -128,7 +128,9 @@ def test_empty_cache_gives_large_slabs_back():
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 def test_no_weak_symbol_outside_its_level():
-    libraries = sorted(Path(__file__).parents[1].glob("build/temp*/libfastblocks_*.a"))
+    # the core is compiled for any CPU: a copy of its functions may serve everybody
+    found = Path(__file__).parents[1].glob("build/temp*/libfastblocks_*.a")
+    libraries = sorted(library for library in found if library.name != "libfastblocks_core.a")
     if not libraries:
         pytest.skip("no static libraries: an editable install removes them, `python setup.py build_clib` leaves them")
     for library in libraries:
