@@ -68,17 +68,6 @@ void run_steps(const std::vector<Step>& steps) {
 
 namespace {
 
-template <class Run>
-PyObject* guarded(Run run) noexcept {
-  try {
-    return run();
-  } catch (const PythonError&) {
-    return nullptr;
-  } catch (const std::bad_alloc&) {
-    return PyErr_NoMemory();
-  }
-}
-
 bool right_count(Py_ssize_t wanted, Py_ssize_t count) {
   if (wanted != count) PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", wanted, count);
   return wanted == count;

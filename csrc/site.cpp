@@ -1,7 +1,6 @@
 #include "site.h"
 
 #include <memory>
-#include <new>
 #include <utility>
 #include <vector>
 
@@ -203,7 +202,8 @@ bool unchanged(const Modules& m, bool grad) {
 // are left out.
 //
 // Torch's guard knows more of a tensor than its view says (whether it needs a gradient, whether its values are negated, which
-// transforms are active) and reads more memory. Without gradients it is asked of the input alone.
+// transforms are active) and reads more memory. Without gradients it is asked of the input alone: transforms show there too,
+// and a module's tensor of the same strides is negated only if somebody assigns torch._neg_view to its data.
 Ref arguments_if_unchanged(const Site& s, PyObject* input, bool grad, bool first) {
   if (!unchanged(s.modules, grad)) return Ref();
   const bool guard_all = grad || !views_tell_type();
@@ -253,13 +253,7 @@ PyObject* call(const Site& s, PyObject* input) {
 const char* const kCapsule = "fastblocks.site";
 
 PyObject* call_site(PyObject* capsule, PyObject* input) {
-  try {
-    return call(*static_cast<const Site*>(PyCapsule_GetPointer(capsule, kCapsule)), input);
-  } catch (const PythonError&) {
-    return nullptr;
-  } catch (const std::bad_alloc&) {
-    return PyErr_NoMemory();
-  }
+  return guarded([&] { return call(*static_cast<const Site*>(PyCapsule_GetPointer(capsule, kCapsule)), input); });
 }
 
 PyMethodDef call_method = {"site", call_site, METH_O, nullptr};
@@ -328,20 +322,15 @@ PyObject* call(const Chain& chain, PyObject* input) {
 const char* const kChainCapsule = "fastblocks.chain";
 
 PyObject* call_chain(PyObject* capsule, PyObject* input) {
-  try {
-    return call(*static_cast<const Chain*>(PyCapsule_GetPointer(capsule, kChainCapsule)), input);
-  } catch (const PythonError&) {
-    return nullptr;
-  } catch (const std::bad_alloc&) {
-    return PyErr_NoMemory();
-  }
+  return guarded([&] { return call(*static_cast<const Chain*>(PyCapsule_GetPointer(capsule, kChainCapsule)), input); });
 }
 
 PyMethodDef chain_method = {"chain", call_chain, METH_O, nullptr};
 
-Modules modules_of(PyObject* tables, PyObject* states, PyObject* hooks, PyObject* backward_hooks, PyObject* settings) {
+// The items of a description from `at` on: tables, states, hooks, backward hooks, settings.
+Modules modules_at(PyObject* d, Py_ssize_t at) {
   Modules m;
-  m.tables = list_of(tables, true);
+  m.tables = list_of(item(d, at).get(), true);
   for (const Ref& table : m.tables) {
     Py_ssize_t position = 0;
     PyObject *key, *child;
@@ -350,17 +339,11 @@ Modules modules_of(PyObject* tables, PyObject* states, PyObject* hooks, PyObject
       m.children.push_back(Ref::borrow((PyObject*)Py_TYPE(child)));
     }
   }
-  m.states = list_of(states, true), m.states_size = total_size(m.states);
-  m.hooks = list_of(hooks, true), m.backward_hooks = list_of(backward_hooks, true);
-  for (const Ref& described : list_of(settings, false))
+  m.states = list_of(item(d, at + 1).get(), true), m.states_size = total_size(m.states);
+  m.hooks = list_of(item(d, at + 2).get(), true), m.backward_hooks = list_of(item(d, at + 3).get(), true);
+  for (const Ref& described : list_of(item(d, at + 4).get(), false))
     m.settings.push_back({item(described.get(), 0), item(described.get(), 1), item(described.get(), 2)});
   return m;
-}
-
-// The items of a description from one on that describe modules.
-Modules modules_at(PyObject* d, Py_ssize_t from) {
-  const Ref parts[5] = {item(d, from), item(d, from + 1), item(d, from + 2), item(d, from + 3), item(d, from + 4)};
-  return modules_of(parts[0].get(), parts[1].get(), parts[2].get(), parts[3].get(), parts[4].get());
 }
 
 // A function of one argument on an object that lives as long as the function.
@@ -404,20 +387,13 @@ PyObject* make_chain_of(PyObject* d) {
   return function_on(std::move(chain), kChainCapsule, &chain_method);
 }
 
-template <class Make>
-PyObject* guarded(Make make, PyObject* description) {
-  try {
-    return make(description);
-  } catch (const PythonError&) {
-    return nullptr;
-  } catch (const std::bad_alloc&) {
-    return PyErr_NoMemory();
-  }
-}
-
 }  // namespace
 
-PyObject* make_site(PyObject* description) noexcept { return guarded(make, description); }
-PyObject* make_chain(PyObject* description) noexcept { return guarded(make_chain_of, description); }
+PyObject* make_site(PyObject* description) noexcept {
+  return guarded([&] { return make(description); });
+}
+PyObject* make_chain(PyObject* description) noexcept {
+  return guarded([&] { return make_chain_of(description); });
+}
 
 }  // namespace fastblocks

@@ -9,6 +9,7 @@
 
 #include <initializer_list>
 #include <memory>
+#include <new>
 
 #include "dlpack.h"
 #include "kernels/params.h"
@@ -16,6 +17,18 @@
 namespace fastblocks {
 
 struct PythonError {};
+
+// Runs what Python called: a new reference, or null with a Python exception set.
+template <class Run>
+PyObject* guarded(Run run) noexcept {
+  try {
+    return run();
+  } catch (const PythonError&) {
+    return nullptr;
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  }
+}
 
 // Raises a ValueError.
 [[noreturn]] void fail(const char* what);

@@ -7,6 +7,17 @@ namespace {
 // What the fused blocks have in common: up to three convolutions.
 class Block : public CallOf<BlockParams> {
  public:
+  // Of a block that reads the whole input and makes the whole output.
+  Value bind(const Value& input) override {
+    x_ = even_pixels(input);
+    bind_block(x_, 0, x_.c);
+    require(!adds_input_ || (p_.out_height == x_.h && p_.out_width == x_.w && p_.out_channels == x_.c),
+            "fastblocks._C: residual of another shape");
+    Value out = output_like(input.view, x_.n, p_.out_channels, p_.out_height, p_.out_width, first_weight(), depthwise_.weight,
+                            project_.weight);
+    p_.out = out.image;
+    return out;
+  }
   void place(float* input, float* output) override {
     if (input) p_.x.data = input;
     if (adds_input_) p_.residual = p_.x;
@@ -71,16 +82,6 @@ class InvertedResidual : public Block {
     p_.stride = integer(args[5]), p_.padding = integer(args[6]);
     p_.expand_clamp = p_.depthwise_clamp = clamp(args[7]), adds_input_ = truth(args[8]);
   }
-  Value bind(const Value& input) override {
-    x_ = even_pixels(input);
-    bind_block(x_, 0, x_.c);
-    require(!adds_input_ || (p_.out_height == x_.h && p_.out_width == x_.w && p_.out_channels == x_.c),
-            "fastblocks._C: residual of another shape");
-    Value out = output_like(input.view, x_.n, p_.out_channels, p_.out_height, p_.out_width, first_weight(), depthwise_.weight,
-                            project_.weight);
-    p_.out = out.image;
-    return out;
-  }
 
  private:
   static double eps(PyObject* const* args, int i) { return number(items(args[4], 3)[i]); }
@@ -94,13 +95,6 @@ class DepthwiseSeparable : public Block {
     p_.stride = integer(args[4]), p_.padding = integer(args[5]);
     p_.depthwise_clamp = p_.project_clamp = clamp(args[6]);
   }
-  Value bind(const Value& input) override {
-    x_ = even_pixels(input);
-    bind_block(x_, 0, x_.c);
-    Value out = output_like(input.view, x_.n, p_.out_channels, p_.out_height, p_.out_width, depthwise_.weight, project_.weight);
-    p_.out = out.image;
-    return out;
-  }
 };
 
 // (input, compress, depthwise, expand, eps, stride, groups, activation)
@@ -113,17 +107,13 @@ class ShuffleUnit : public Block {
     p_.expand_clamp = p_.project_clamp = clamp(args[7]), adds_input_ = p_.stride == 1;
   }
   Value bind(const Value& input) override {
+    if (adds_input_) return Block::bind(input);
     x_ = even_pixels(input);
     bind_block(x_, 0, x_.c);
-    require(!adds_input_ || (p_.out_height == x_.h && p_.out_width == x_.w && p_.out_channels == x_.c),
-            "fastblocks._C: residual of another shape");
-    require(adds_input_ || (p_.out_height == (x_.h + 1) / 2 && p_.out_width == (x_.w + 1) / 2),
+    require(p_.out_height == (x_.h + 1) / 2 && p_.out_width == (x_.w + 1) / 2,
             "fastblocks._C: the branch and the pooled input differ in size");
-    const int64_t channels = p_.out_channels + (adds_input_ ? 0 : x_.c);
     // torch.cat gives channels_last where both parts are: the pooled input is what the input is.
-    Value out = adds_input_ ? output_like(input.view, x_.n, channels, p_.out_height, p_.out_width, first_weight(),
-                                          depthwise_.weight, project_.weight)
-                            : output_like(input.view, x_.n, channels, p_.out_height, p_.out_width);
+    Value out = output_like(input.view, x_.n, x_.c + p_.out_channels, p_.out_height, p_.out_width);
     p_.out = out.image;
     return out;
   }
@@ -144,13 +134,6 @@ class LeftBranch : public Block {
   LeftBranch(PyObject* depthwise, double depthwise_eps, PyObject* pointwise, double pointwise_eps, int64_t stride, Clamp act)
       : Block(nullptr, 0, depthwise, depthwise_eps, pointwise, pointwise_eps) {
     p_.stride = stride, p_.padding = p_.kernel / 2, p_.project_clamp = act;
-  }
-  Value bind(const Value& input) override {
-    x_ = even_pixels(input);
-    bind_block(x_, 0, x_.c);
-    Value out = output_like(input.view, x_.n, p_.out_channels, p_.out_height, p_.out_width, depthwise_.weight, project_.weight);
-    p_.out = out.image;
-    return out;
   }
 };
 

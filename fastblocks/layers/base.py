@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fastblocks.functional import checks, dispatch, site
-from fastblocks.layers.fuse import Unit, children_reason, input_reason, modules_of
+from fastblocks.layers.fuse import HasSites, Unit, children_reason, input_reason, modules_of
 
 
 class Op(NamedTuple):
@@ -22,7 +22,7 @@ class Op(NamedTuple):
     """Smallest height and width of an input."""
 
 
-class Fused(nn.Module):
+class Fused(HasSites, nn.Module):
     """A container of ordinary children that runs them as one op where it may.
 
     Subclasses say which children belong to which convolution (`_units`), which op they make (`_op`) and what happens
@@ -129,11 +129,6 @@ class Fused(nn.Module):
         channels = self._channels(units)
         if channels is not None:
             checks.image("input", x, channels)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = self.__dict__.copy()
-        state.pop("_site", None)
-        return state
 
 
 def why_not_fuse(layer: nn.Module, x: Any) -> str | None:

@@ -1,30 +1,72 @@
-"""Layers one after the other."""
+"""Layers one after the other, in one go where they may."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fastblocks.functional import site
 from fastblocks.layers.base import Fused
-from fastblocks.layers.fuse import hooks_of, watched
+from fastblocks.layers.fuse import HasSites, hooks_of, watched
 
 
-def runs_its_op_alone(layer: Any) -> bool:
+def _called_plainly(module: nn.Module) -> bool:
+    """Whether calling this module is calling the forward of its class."""
+    return watched(module) is None and module._compiled_call_impl is None
+
+
+def _runs_its_op_alone(layer: Any) -> bool:
     """Whether calling this layer is calling its op: no class has put more around it."""
     kind = type(layer)
     plain = isinstance(layer, Fused) and kind.forward is Fused.forward and kind.__call__ is nn.Module.__call__
-    return plain and watched(layer) is None and layer._compiled_call_impl is None
+    return plain and _called_plainly(layer)
 
 
-class Sequential(nn.Sequential):
-    """An nn.Sequential whose fused layers run in one go where they may.
+def _joined(owner: nn.Module, children: Iterable[Any]) -> site.Site | None:
+    """The layers that these children of `owner` are, as one site. A `Sequential` among them stands for its layers."""
+    containers: list[nn.Module] = []
+    layers: list[Any] = []
+    for child in children:
+        if type(child) is Sequential and _called_plainly(child):
+            containers.append(child)
+            layers += child._modules.values()
+        else:
+            layers.append(child)
+    if len(layers) < 2 or not all(map(_runs_its_op_alone, layers)):
+        return None
+    tables = tuple(module._modules for module in (owner, *containers))
+    states = [module.__dict__ for module in (*containers, *layers)]
+    return site.chain([layer.__dict__ for layer in layers], site.Modules(tables, states, hooks_of(states)))
+
+
+def run_in_a_row(owner: nn.Module, names: Iterable[str], x: Any) -> Any:
+    """Run children of `owner`, by their names: in one go if that was found good and nothing has changed since.
 
     The layers are checked as they are alone; then all of them run in one entry of the thread pool, and no tensor is
-    made for what passes between them. Where that may not be (a layer without its op, hooks, gradients, profiling),
-    they run one by one, as an nn.Sequential runs them.
+    made for what passes between them.
+    """
+    chain = None if is_compiling() else owner.__dict__.get("_chain")
+    if chain is not None:
+        result = chain(x)
+        if result is not None:
+            return result
+    children = [owner._modules[name] for name in names]
+    for child in children:
+        x = child(x)  # type: ignore[misc]
+    # where gradients are recorded the layers run one by one, and a chain from before stays good
+    if not is_compiling() and not (isinstance(x, Tensor) and x.requires_grad):
+        owner.__dict__["_chain"] = _joined(owner, children)
+    return x
+
+
+class Sequential(HasSites, nn.Sequential):
+    """An nn.Sequential whose fused layers run in one go where they may.
+
+    Where that may not be (a layer without its op, hooks, gradients, profiling), they run one by one, as an
+    nn.Sequential runs them.
 
     Example:
         >>> import torch, fastblocks
@@ -33,28 +75,19 @@ class Sequential(nn.Sequential):
         (1, 8, 8, 8)
     """
 
-    _chain: site.Site | None = None
-
     def forward(self, input: Any) -> Any:
         """Run the layers."""
-        if is_compiling():
-            return super().forward(input)
-        chain = self._chain
-        if chain is not None:
-            result = chain(input)
-            if result is not None:
-                return result
-        self.__dict__.pop("_chain", None)
-        result = super().forward(input)
-        children = list(self._modules.values())
-        if len(children) > 1 and all(map(runs_its_op_alone, children)):
-            states = [child.__dict__ for child in children]  # type: ignore[union-attr]
-            joined = site.chain(states, site.Modules((self._modules,), states, hooks_of(states)))
-            if joined is not None:
-                self.__dict__["_chain"] = joined
-        return result
+        return run_in_a_row(self, self._modules, input)
 
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = self.__dict__.copy()
-        state.pop("_chain", None)
-        return state
+
+class Trunk(HasSites, nn.Module):
+    """A module that runs its first children in one go where it may, as a `Sequential` of them would.
+
+    Subclasses name the children in ``TRUNK``, in their order, and call `trunk`.
+    """
+
+    TRUNK: ClassVar[tuple[str, ...]] = ()
+
+    def trunk(self, x: Any) -> Any:
+        """Run the named children."""
+        return run_in_a_row(self, self.TRUNK, x)

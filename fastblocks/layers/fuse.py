@@ -41,6 +41,13 @@ _SIX = (0.0, 6.0)
 _NONE: Place = ({"": None}, "")
 
 
+class HasSites:
+    """A module with call sites in its ``__dict__``; they stay behind when it is copied or pickled."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_site", "_chain")}
+
+
 class Unit(NamedTuple):
     """A convolution of a layer, with what follows it. `name` is for messages."""
 

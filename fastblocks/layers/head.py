@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 from fastblocks import functional
 from fastblocks.functional import site
 from fastblocks.layers.conv import sliced
-from fastblocks.layers.fuse import global_hooks, hooks_of, input_reason, tensors_reason, watched
+from fastblocks.layers.fuse import HasSites, global_hooks, hooks_of, input_reason, tensors_reason, watched
 
 _TYPES = [nn.Dropout, nn.Linear]
 _pool: site.Site | None = None
@@ -54,7 +54,7 @@ def _linear_reason(x: Any, linear: nn.Module) -> str | None:
     return reason or (None if x.dim() == 2 else f"the input has {x.dim()} dimensions")
 
 
-class Linear(nn.Linear):
+class Linear(HasSites, nn.Linear):
     """torch's ``nn.Linear``, with all of its arguments, by the op where it may be.
 
     Args:
@@ -89,13 +89,8 @@ class Linear(nn.Linear):
         result, self.__dict__["_site"] = _run_linear(input, self, site.Modules())
         return result
 
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = self.__dict__.copy()
-        state.pop("_site", None)
-        return state
 
-
-class Classifier(nn.Sequential):
+class Classifier(HasSites, nn.Sequential):
     """Dropout and a fully connected layer, ``"0"`` and ``"1"``, the latter as an op where it may be.
 
     Args:
@@ -151,8 +146,3 @@ class Classifier(nn.Sequential):
         modules = site.Modules((self._modules,), states, hooks_of(states), ((states[0], "training", False),))
         result, self.__dict__["_site"] = _run_linear(x, linear, modules)
         return result
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = self.__dict__.copy()
-        state.pop("_site", None)
-        return state

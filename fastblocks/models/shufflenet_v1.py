@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastblocks.layers import ConvBNAct, MaxPool2d, Sequential, ShuffleUnit
+from fastblocks.layers.chain import Trunk
 from fastblocks.layers.conv import positive
 from fastblocks.layers.head import Linear, global_avg_pool
-from fastblocks.layers.trunk import Trunk
 from fastblocks.models.common import channels_last, check_weights, initialise, load, multiplier, variant
 from fastblocks.models.registry import register
 

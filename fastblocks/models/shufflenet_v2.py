@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fastblocks.layers import ConvBNAct, MaxPool2d, PointwiseConvBNAct, ShuffleUnitV2
 from fastblocks.layers import Sequential as Layers
+from fastblocks.layers.chain import Trunk
 from fastblocks.layers.conv import positive
 from fastblocks.layers.head import Linear, global_avg_pool
-from fastblocks.layers.trunk import Trunk
 from fastblocks.models.common import channels_last, check_weights, initialise, load
 from fastblocks.models.registry import register
 
