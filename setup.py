@@ -37,16 +37,20 @@ if X86:
         LEVELS["x86_64_v4"] = ["-march=x86-64-v3", "-DFASTBLOCKS_VECTOR_BYTES=64", "-Wno-psabi"]
 
 MACROS = [(name, "1") for name, on in (("FASTBLOCKS_X86", X86), ("FASTBLOCKS_EMULATE_V4", EMULATE_V4)) if on]
-SOURCES = sorted(str(path) for folder in ("csrc", "csrc/ops") for path in Path(folder).glob("*.cpp"))
+SOURCES = sorted(str(path) for folder in ("csrc", "csrc/ops", "csrc/train") for path in Path(folder).glob("*.cpp"))
 SOURCES.remove("csrc/bindings.cpp")
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
 
 def kernel_library(level: str, flags: list[str]) -> tuple[str, dict]:
-    source = f"csrc/isa/{level}.cpp"
+    sources = [f"csrc/isa/{level}.cpp", f"csrc/isa/{level}_train.cpp"]
     return (
         f"fastblocks_{level}",
-        {"sources": [source], "obj_deps": {"": [source, "setup.py", *HEADERS]}, "cflags": [*KERNEL_FLAGS, *flags]},
+        {
+            "sources": sources,
+            "obj_deps": {"": ["setup.py", *HEADERS], **{source: [source] for source in sources}},
+            "cflags": [*KERNEL_FLAGS, *flags],
+        },
     )
 
 

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "kernels/params.h"
+#include "kernels/train/params.h"
 
 namespace fastblocks {
 
@@ -23,6 +24,7 @@ struct KernelTable {
   void (*pack_depthwise)(const float* w, int64_t channels, int64_t kernel_height, int64_t kernel_width, const int64_t* strides,
                          float* out);
   Op pointwise, depthwise, conv, block, global_avg_pool, window_pool, shuffle;
+  TrainTable train;
 };
 
 constexpr int kLevels = 3;

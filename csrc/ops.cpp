@@ -8,6 +8,7 @@
 #include "ops/calls.h"
 #include "parallel.h"
 #include "tensors.h"
+#include "train/program.h"
 
 namespace fastblocks {
 
@@ -122,6 +123,9 @@ constexpr OpRow kOps[] = {
     function_row<channel_shuffle, 2>("channel_shuffle"),
     function_row<channel_shuffle_split, 2>("channel_shuffle_split"),
     function_row<cat_shuffle_split, 3>("cat_shuffle_split"),
+    function_row<train::make_program, 1>("make_program"),
+    function_row<train::forward, 6>("chain_forward"),
+    function_row<train::backward, 7>("chain_backward"),
 };
 constexpr size_t kOpCount = sizeof(kOps) / sizeof(kOps[0]);
 

@@ -7,10 +7,13 @@
 #include "depthwise-inl.h"
 #include "pointwise-inl.h"
 #include "pool-inl.h"
+#include "product-inl.h"
 #include "shuffle-inl.h"
 
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
+
+TrainTable train_table();  // compiled apart
 
 inline int64_t pack_gemm_floats(int64_t channels, int64_t depth) { return Panels(channels).padded() * depth; }
 inline int64_t pack_depthwise_floats(int64_t channels, int64_t taps) { return round_up(channels, kLanes) * taps; }
@@ -30,6 +33,7 @@ inline KernelTable make_table(const char* name) {
   t.global_avg_pool = {pool_prepare, nullptr};
   t.window_pool = {window_pool_prepare, nullptr};
   t.shuffle = {shuffle_prepare, nullptr};
+  t.train = train_table();
   return t;
 }
 

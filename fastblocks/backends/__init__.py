@@ -61,6 +61,14 @@ make_chain: Callable[[Any], Any] | None = None if _native is None else _native.m
 """Make a call site, or a chain of layers that have one (``functional/site.py``); None without the extension."""
 
 
+class chain_functions:
+    """Chains of layers in training (``functional/training.py``): the extension's two halves."""
+
+    make_program: Any = None if _native is None else staticmethod(_native.make_program)
+    forward: Any = None if _native is None else staticmethod(_native.chain_forward)
+    backward: Any = None if _native is None else staticmethod(_native.chain_backward)
+
+
 def _switch(name: str) -> None:
     if name not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, NAMES))}, got {name!r}")

@@ -104,5 +104,6 @@ def pack_slots() -> int:
 
 make_site = _C.make_site
 make_chain = _C.make_chain
+make_program, chain_forward, chain_backward = _C.make_program, _C.chain_forward, _C.chain_backward
 
 TABLE: dict[str, Callable[..., Any]] = {name: getattr(_C, name) for name in reference.TABLE}

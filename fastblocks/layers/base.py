@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fastblocks.functional import checks, dispatch, site
+from fastblocks.layers import train
 from fastblocks.layers.fuse import HasSites, Unit, children_reason, input_reason, modules_of
 
 
@@ -58,6 +59,12 @@ class Fused(HasSites, nn.Module):
         """The layer as torch would run it."""
         raise NotImplementedError
 
+    def _describe(self, builder: train.Builder, value: int, units: tuple[Unit, ...]) -> int:
+        """The layer as a part of a chain: the value that it makes of another. One convolution after the other."""
+        for unit in units:
+            value = builder.conv(value, unit)
+        return value
+
     def _fused(self, x: Any) -> tuple[tuple[Unit, ...], Op] | str:
         """The convolutions and their op, or why the op may not run on this input."""
         reason = input_reason(x)
@@ -90,7 +97,26 @@ class Fused(HasSites, nn.Module):
                     return result
         return self._forward_checked(input)
 
+    def _chained(self, x: Any) -> Any:
+        """The layer as a chain of its own, where it trains or gradients are wanted; else None, or why it is none."""
+        if is_compiling() or not isinstance(x, Tensor):
+            return None
+        units = self._units()
+        if isinstance(units, str) or not (train.is_training(units) or train.wants_gradients(x, units)):
+            return None
+        units = train.layer_reason(self, x)
+        if isinstance(units, str):
+            return units
+        reason = self._shape_reason(x, units)
+        if reason is not None:
+            return reason
+        self._check(x, units)
+        return train.run((self,), x)
+
     def _forward_checked(self, x: Any) -> Any:
+        chained = self._chained(x)
+        if isinstance(chained, Tensor):
+            return chained
         fused = self._fused(x)
         if isinstance(fused, str):
             if not is_compiling():

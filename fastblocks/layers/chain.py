@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fastblocks.functional import site
+from fastblocks.layers import train
 from fastblocks.layers.base import Fused
-from fastblocks.layers.fuse import HasSites, hooks_of, watched
+from fastblocks.layers.fuse import HasSites, Unit, hooks_of, watched
+from fastblocks.layers.train import is_training, layer_reason, units_of, wants_gradients
 
 
 def _called_plainly(module: nn.Module) -> bool:
@@ -42,6 +44,52 @@ def _joined(owner: nn.Module, children: Iterable[Any]) -> site.Site | None:
     return site.chain([layer.__dict__ for layer in layers], site.Modules(tables, states, hooks_of(states)))
 
 
+def _flat(children: Iterable[Any]) -> list[Any]:
+    """The layers that these children are; a `Sequential` stands for its layers."""
+    layers: list[Any] = []
+    for child in children:
+        layers += child._modules.values() if type(child) is Sequential and _called_plainly(child) else (child,)
+    return layers
+
+
+def _has_stride(units: tuple[Unit, ...]) -> bool:
+    return any(unit.conv.stride != (1, 1) for unit in units)
+
+
+def _trained(children: Iterable[Any], x: Any) -> Any:
+    """The layers in training, or with gradients: chains where they may be, a layer by itself where not.
+
+    None where nothing trains. A chain ends in front of a layer with a stride.
+    """
+    layers = _flat(children)
+    known = [layer for layer in layers if isinstance(layer, Fused)]
+    every = [unit for layer in known for unit in units_of(layer)]
+    if not isinstance(x, Tensor) or not (is_training(every) or wants_gradients(x, every)):
+        return None
+    run: list[Any] = []
+    for layer in layers:
+        units = layer_reason(layer, x) if _runs_its_op_alone(layer) else ""
+        fits = not isinstance(units, str)
+        if run and not (fits and not _has_stride(units)):  # type: ignore[arg-type]
+            x = _run(run, x)
+            run = []
+        if fits:
+            run.append(layer)
+        else:
+            x = layer(x)
+    return _run(run, x) if run else x
+
+
+def _run(layers: list[Any], x: Any) -> Any:
+    """Layers as one chain, or else one by one."""
+    result = train.run(layers, x)
+    if isinstance(result, Tensor):
+        return result
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
 def run_in_a_row(owner: nn.Module, names: Iterable[str], x: Any) -> Any:
     """Run children of `owner`, by their names: in one go if that was found good and nothing has changed since.
 
@@ -54,6 +102,10 @@ def run_in_a_row(owner: nn.Module, names: Iterable[str], x: Any) -> Any:
         if result is not None:
             return result
     children = [owner._modules[name] for name in names]
+    if not is_compiling():
+        result = _trained(children, x)
+        if result is not None:
+            return result
     for child in children:
         x = child(x)  # type: ignore[misc]
     # where gradients are recorded the layers run one by one, and a chain from before stays good

@@ -12,6 +12,7 @@ the dictionaries of a child's hooks, parameters and buffers for new ones (torch 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -199,11 +200,11 @@ def depthwise_reason(unit: Unit, *, same: bool = False) -> str | None:
     return None
 
 
-def _bn_reason(bn: nn.Module) -> str | None:
+def _bn_reason(bn: nn.Module, training: bool) -> str | None:
     if type(bn) is not nn.BatchNorm2d:
         return f"is a {type(bn).__name__}, not an nn.BatchNorm2d"
     reason = tensors_reason(bn, ("weight", "bias", "running_mean", "running_var"))
-    if reason is not None:
+    if reason is not None or training:
         return reason
     if bn.training:
         return "is in training mode"
@@ -221,14 +222,16 @@ def activation_reason(act: nn.Module) -> str | None:
     return None
 
 
-def children_reason(units: tuple[Unit, ...], containers: tuple[tuple[str, nn.Module], ...]) -> str | None:
-    """Why these children cannot be run as one op, or None."""
+def children_reason(
+    units: tuple[Unit, ...], containers: tuple[tuple[str, nn.Module], ...], *, training: bool = False
+) -> str | None:
+    """Why these children cannot be run as one op, or None; with `training`, as a part of a chain."""
     if global_hooks():
         return "global module hooks are set"
     for unit in units:
         for part, module, reason in (
             ("convolution", unit.conv, _conv_reason),
-            ("normalisation", unit.bn, _bn_reason),
+            ("normalisation", unit.bn, partial(_bn_reason, training=training)),
             ("activation", unit.act, activation_reason),
         ):
             found = None if module is None else watched(module) or reason(module)

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastblocks.layers.base import Fused, Op
 from fastblocks.layers.conv import DepthwiseConvBNAct, PointwiseConvBNAct, block_units, positive
+from fastblocks.layers.train import Builder
 from fastblocks.layers.fuse import Unit, depthwise_reason, pointwise_reason
 
 
@@ -120,6 +121,10 @@ class InvertedResidual(Fused):
             first=() if expand else ((),),
             least=(max(1, kernel - 2 * padding),) * 2,
         )
+
+    def _describe(self, builder: Builder, value: int, units: tuple[Unit, ...]) -> int:
+        result = super()._describe(builder, value, units)
+        return builder.add(value, result, None) if self.use_res_connect else result
 
     def _run_children(self, x: Any) -> Any:
         y = self.conv(x)

@@ -9,6 +9,7 @@ from torch import nn
 from fastblocks.functional import checks
 from fastblocks.layers.base import Fused, Op
 from fastblocks.layers.fuse import Unit
+from fastblocks.layers.train import Builder
 
 
 class MaxPool2d(Fused, nn.MaxPool2d):
@@ -48,6 +49,10 @@ class MaxPool2d(Fused, nn.MaxPool2d):
             return "the output's size is rounded up"
         height, width = (max(1, k - 2 * p) for k, p in zip(kernel, padding, strict=True))
         return Op("max_pool2d", (kernel, stride, padding), least=(height, width))
+
+    def _describe(self, builder: Builder, value: int, units: tuple[Unit, ...]) -> int:
+        kernel, stride, padding = (checks.pair(n, getattr(self, n)) for n in ("kernel_size", "stride", "padding"))
+        return builder.max_pool(value, kernel, stride, padding)
 
     def _run_children(self, x: Any) -> Any:
         return nn.MaxPool2d.forward(self, x)

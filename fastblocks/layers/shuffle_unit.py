@@ -9,6 +9,7 @@ from torch import nn
 
 from fastblocks.layers.base import Fused, Op
 from fastblocks.layers.conv import ConvBNAct, block_units, positive
+from fastblocks.layers.train import Builder
 from fastblocks.layers.fuse import (
     ACTIVATIONS,
     Unit,
@@ -168,6 +169,14 @@ class ShuffleUnit(Fused):
                 if found not in allowed:
                     return f"pool has {name} {found!r}, expected {allowed[0]!r}"
         return None
+
+    def _describe(self, builder: Builder, value: int, units: tuple[Unit, ...]) -> int:
+        compress, depthwise, expand = units
+        activation = ACTIVATIONS[type(self.activation)]
+        result = builder.conv(builder.conv(value, compress), depthwise, shuffle=self.shuffle.groups)
+        if self.stride == 1:
+            return builder.add(value, builder.conv(result, expand), activation)
+        return builder.pool_cat(value, builder.conv(result, expand, activation=activation))
 
     def _run_children(self, x: Any) -> Any:
         y = self.expand(self.depthwise(self.shuffle(self.compress(x))))

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastblocks.layers.base import Fused, Op
 from fastblocks.layers.conv import positive
+from fastblocks.layers.train import Builder
 from fastblocks.layers.fuse import Unit, depthwise_reason, pointwise_reason
 from fastblocks.layers.shuffle import shuffled
 
@@ -104,6 +105,19 @@ class ShuffleUnitV2(Fused):
                 return f"{unit.name} has the stride {conv.stride}, the unit {self.stride}"
         eps = (1e-5, 1e-5, *(unit.eps() for unit in units))[-5:]
         return Op("shuffle_unit_v2", (eps, self.stride, activation), first=() if left else ((), ()))
+
+    def _describe(self, builder: Builder, value: int, units: tuple[Unit, ...]) -> int:
+        *left, first, depthwise, last = units
+        if left:
+            other = builder.conv(builder.conv(value, left[0]), left[1])
+            result = builder.conv(value, first)
+        else:
+            half = builder.shapes[value][0] // 2
+            result = builder.conv(value, first, first=half, channels=half)
+        result = builder.conv(builder.conv(result, depthwise), last)
+        if left:
+            return builder.interleave(other, result)
+        return builder.interleave(value, result, 0, half)
 
     def _run_children(self, x: Any) -> Any:
         left, right = x.chunk(2, 1) if self.stride == 1 else (self.branch1(x), x)

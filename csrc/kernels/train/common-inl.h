@@ -1,0 +1,235 @@
+// What the training kernels share: reading through a BatchNorm, statistics, finishing a gradient.
+#pragma once
+
+#include "../depthwise_row-inl.h"
+#include "../panels-inl.h"
+#include "params.h"
+
+namespace fastblocks {
+namespace FASTBLOCKS_LEVEL {
+
+// Compiled with the inference kernels.
+void product(const Pixels& a, int64_t pixels, int64_t channels, const float* weight, const float* zeros, const float* residual,
+             int64_t residual_stride, float* out, int64_t out_stride);
+DepthwiseRowFunction depthwise_row_for(int64_t kernel, int64_t stride, int64_t dilation);
+
+FASTBLOCKS_INLINE int64_t padded(int64_t channels) { return round_up(channels, kPadding); }
+FASTBLOCKS_INLINE Vec load_some(const float* p, int lanes) { return lanes == kLanes ? load(p) : load_partial(p, lanes); }
+FASTBLOCKS_INLINE void store_some(float* p, int lanes, Vec v) {
+  if (lanes == kLanes)
+    store(p, v);
+  else
+    store_partial(p, lanes, v);
+}
+
+// Calls f(channel, lanes) for the vectors of `channels` channels.
+template <class F>
+FASTBLOCKS_INLINE void for_channels(int64_t channels, F f) {
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) f(c, Number<kLanes>());
+  if (c < channels) f(c, (int)(channels - c));
+}
+
+// Rows of panels are an odd number of cache lines apart: a power of two would put a column of them into a few cache sets. There
+// is room for whole vectors behind each row.
+FASTBLOCKS_INLINE int64_t panel_row(int64_t channels) { return (round_up(channels + kPadding, kPadding) / kPadding | 1) * kPadding; }
+
+// Memory of one worker, handed out piece by piece.
+struct Scratch {
+  char* at;
+  explicit Scratch(char* memory) : at(memory) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* here = at;
+    at += round_up(count * (int64_t)sizeof(T), 64) + 64;
+    return reinterpret_cast<T*>(here);
+  }
+};
+
+template <class T>
+FASTBLOCKS_INLINE size_t room(int64_t count) {
+  return round_up(count * (int64_t)sizeof(T), 64) + 64;
+}
+
+// ---------------------------------------------------------------------------------------------------- reading
+
+FASTBLOCKS_INLINE Vec normalised(Vec z, const Norm& n, int64_t c) {
+  return (z - load(n.mean + c)) * load(n.scale + c) + load(n.shift + c);
+}
+
+FASTBLOCKS_INLINE Vec clamped(Vec v, Vec low, Vec high) { return at_most(high, at_least(low, v)); }
+
+// Channels [first, first + channels) of a run of pixels, whose first is `z`, to rows of `stride` floats. Stores whole vectors.
+inline void read_source(const Source& s, const float* z, int64_t pixels, int64_t first, int64_t channels, float* out,
+                        int64_t stride) {
+  const Vec low = broadcast(s.clamp.low), high = broadcast(s.clamp.high);
+  z += first;
+  if (!s.norm.mean) {
+    for (int64_t m = 0; m < pixels; ++m, z += s.stride, out += stride)
+      for_channels(channels, [&](int64_t c, auto lanes) { store(out + c, clamped(load_some(z + c, lanes), low, high)); });
+    return;
+  }
+  const Norm n = {s.norm.mean + first, s.norm.scale + first, s.norm.shift + first, nullptr};
+  for (int64_t m = 0; m < pixels; ++m, z += s.stride, out += stride)
+    for_channels(channels, [&](int64_t c, auto lanes) {
+      store(out + c, clamped(normalised(load_some(z + c, lanes), n, c), low, high));
+    });
+}
+
+// The gradient of z, the same way; `pixel` counts from the beginning.
+inline void read_gradient(const Gradient& d, int64_t pixel, int64_t pixels, int64_t all_channels, int64_t first,
+                          int64_t channels, float* out, int64_t stride) {
+  const float* g = d.g + pixel * d.stride + first;
+  if (!d.scale) {
+    for (int64_t m = 0; m < pixels; ++m, g += d.stride, out += stride)
+      for_channels(channels, [&](int64_t c, auto lanes) { store(out + c, load_some(g + c, lanes)); });
+    return;
+  }
+  const float* z = d.z + pixel * all_channels + first;
+  const float *mean = d.mean + first, *scale = d.scale + first, *slope = d.slope + first, *offset = d.offset + first;
+  for (int64_t m = 0; m < pixels; ++m, g += d.stride, z += all_channels, out += stride)
+    for_channels(channels, [&](int64_t c, auto lanes) {
+      const Vec centred = load_some(z + c, lanes) - load(mean + c);
+      store(out + c, load_some(g + c, lanes) * load(scale + c) + (centred * load(slope + c) + load(offset + c)));
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------- statistics
+
+// Mean and variance of an item, block by block. Values are summed around the mean of the item's first pixels, so that nothing
+// cancels: that mean is at most sqrt(pixels / kFirst) standard deviations off.
+struct Moments {
+  int64_t channels;
+  float* centre;          // padded
+  double *sum, *squares;  // padded
+  int64_t count;
+
+  static size_t bytes(int64_t channels) { return room<float>(padded(channels)) + 2 * room<double>(padded(channels)); }
+  Moments(int64_t c, Scratch& scratch)
+      : channels(c),
+        centre(scratch.take<float>(padded(c))),
+        sum(scratch.take<double>(padded(c))),
+        squares(scratch.take<double>(padded(c))),
+        count(0) {}
+};
+
+constexpr int64_t kFirstPixels = 16;
+
+FASTBLOCKS_INLINE void add_lanes(double* to, Vec v, int lanes) {
+  for (int i = 0; i < lanes; ++i) to[i] += (double)v[i];
+}
+
+// Channels [first, first + channels) of some pixels; `begins`: they are the first of the item.
+inline void add_moments(Moments& m, const float* z, int64_t pixels, int64_t stride, int64_t first, int64_t channels,
+                        bool begins) {
+  for_channels(channels, [&](int64_t offset, auto lanes) {
+    const int64_t c = first + offset;
+    if (begins) {
+      const int64_t n = smaller(pixels, kFirstPixels);
+      Vec total{};
+      for (int64_t i = 0; i < n; ++i) total += load_some(z + i * stride + c, lanes);
+      store(m.centre + c, total / broadcast((float)n));
+      for (int i = 0; i < kLanes; ++i) m.sum[c + i] = m.squares[c + i] = 0.0;
+    }
+    const Vec centre = load(m.centre + c);
+    Vec sum{}, squares{};
+    const float* at = z + c;
+    for (int64_t i = 0; i < pixels; ++i, at += stride) {
+      const Vec d = load_some(at, lanes) - centre;
+      sum += d;
+      squares += d * d;
+    }
+    add_lanes(m.sum + c, sum, lanes);
+    add_lanes(m.squares + c, squares, lanes);
+  });
+}
+
+inline void store_moments(const Moments& m, int64_t count, double* out) {
+  const int64_t p = padded(m.channels);
+  out[0] = (double)count;
+  for (int64_t c = 0; c < m.channels; ++c) {
+    out[1 + c] = (double)m.centre[c] + m.sum[c] / (double)count;
+    out[1 + p + c] = m.squares[c] - m.sum[c] * m.sum[c] / (double)count;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- finishing
+
+// Zero where the activation was not the identity. A NaN was, as torch has it.
+FASTBLOCKS_INLINE Vec masked(Vec g, Vec v, const Clamp& clamp) {
+  typedef int32_t Bits __attribute__((vector_size(FASTBLOCKS_VECTOR_BYTES)));
+  const Bits dead = (v <= broadcast(clamp.low)) | (v >= broadcast(clamp.high));
+  return (Vec)((Bits)g & ~dead);
+}
+
+struct Sums {
+  double *g, *gz;  // padded
+  static size_t bytes(int64_t channels) { return 2 * room<double>(padded(channels)); }
+  Sums(int64_t channels, Scratch& scratch)
+      : g(scratch.take<double>(padded(channels))), gz(scratch.take<double>(padded(channels))) {}
+  void clear(int64_t channels) {
+    for (int64_t c = 0; c < padded(channels); ++c) g[c] = gz[c] = 0.0;
+  }
+  void write(int64_t channels, double* out) const {
+    __builtin_memcpy(out, g, padded(channels) * sizeof(double));
+    __builtin_memcpy(out + padded(channels), gz, padded(channels) * sizeof(double));
+  }
+};
+
+// Finishes the gradients of some pixels, from `g` to `out` (the same, another, or null: nothing is written); `pixel` is where z
+// and y are. Channels [first, first + channels), which are those of `g` and `out` from 0 on.
+template <Mask kMask, bool kSums>
+FASTBLOCKS_INLINE void finish_vectors(const Finish& f, const float* g, int64_t g_stride, float* out, int64_t out_stride,
+                                      int64_t pixel, int64_t pixels, int64_t c, int64_t offset, int lanes, Sums& sums) {
+  const Vec mean = f.norm.mean ? load(f.norm.mean + c) : Vec{};
+  const Vec scale = kMask == Mask::kNorm ? load(f.norm.scale + c) : Vec{};
+  const Vec shift = kMask == Mask::kNorm ? load(f.norm.shift + c) : Vec{};
+  const float* z = (kSums || kMask == Mask::kNorm) ? f.z + pixel * f.z_stride + c : nullptr;
+  const float* y = kMask == Mask::kOutput ? f.y + pixel * f.z_stride + c : nullptr;
+  Vec sum{}, sum_z{};
+  for (int64_t m = 0; m < pixels; ++m) {
+    Vec v = load_some(g + m * g_stride + offset, lanes);
+    if (kSums || kMask == Mask::kNorm) {
+      const Vec centred = load_some(z + m * f.z_stride, lanes) - mean;
+      if (kMask == Mask::kNorm) v = masked(v, centred * scale + shift, f.clamp);
+      if (kMask == Mask::kOutput) v = masked(v, load_some(y + m * f.z_stride, lanes), f.clamp);
+      sum += v;
+      sum_z += v * centred;
+    } else if (kMask == Mask::kOutput) {
+      v = masked(v, load_some(y + m * f.z_stride, lanes), f.clamp);
+    }
+    if (out) store_some(out + m * out_stride + offset, lanes, v);
+  }
+  if (kSums) {
+    add_lanes(sums.g + c, sum, lanes);
+    add_lanes(sums.gz + c, sum_z, lanes);
+  }
+}
+
+inline void finish(const Finish& f, const float* g, int64_t g_stride, float* out, int64_t out_stride, int64_t pixel,
+                   int64_t pixels, int64_t first, int64_t channels, Sums& sums) {
+  if (f.mask == Mask::kNone && !f.partials && g == out) return;
+  for_channels(channels, [&](int64_t offset, auto lanes) __attribute__((always_inline)) {
+    const int64_t c = first + offset;
+    if (f.mask == Mask::kNorm)
+      finish_vectors<Mask::kNorm, true>(f, g, g_stride, out, out_stride, pixel, pixels, c, offset, lanes, sums);
+    else if (f.mask == Mask::kOutput && f.partials)
+      finish_vectors<Mask::kOutput, true>(f, g, g_stride, out, out_stride, pixel, pixels, c, offset, lanes, sums);
+    else if (f.mask == Mask::kOutput)
+      finish_vectors<Mask::kOutput, false>(f, g, g_stride, out, out_stride, pixel, pixels, c, offset, lanes, sums);
+    else if (f.partials)
+      finish_vectors<Mask::kNone, true>(f, g, g_stride, out, out_stride, pixel, pixels, c, offset, lanes, sums);
+    else
+      finish_vectors<Mask::kNone, false>(f, g, g_stride, out, out_stride, pixel, pixels, c, offset, lanes, sums);
+  });
+}
+
+// Cuts `pixels` into items of about `wanted` pixels, at most `most` items.
+FASTBLOCKS_INLINE void cut_pixels(int64_t pixels, int64_t wanted, int64_t most, int64_t* items, int64_t* item_pixels) {
+  const int64_t count = larger(1, smaller(most, divide_up(pixels, larger(wanted, 1))));
+  *item_pixels = larger(1, divide_up(pixels, count));
+  *items = divide_up(pixels, *item_pixels);
+}
+
+}  // namespace FASTBLOCKS_LEVEL
+}  // namespace fastblocks

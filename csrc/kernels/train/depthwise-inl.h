@@ -1,0 +1,339 @@
+// Depthwise convolutions in training. An item is a band of rows of one image. Rows that are read more than once (the input
+// through its BatchNorm, the gradient of the output) lie in rings that stay in cache.
+#pragma once
+
+#include <utility>
+
+#include "../shuffle-inl.h"
+#include "common-inl.h"
+
+namespace fastblocks {
+namespace FASTBLOCKS_LEVEL {
+
+constexpr int64_t kRingFloats = 64 * 1024;
+
+// Input row `y`, channels [first, first + channels), to the ring.
+inline void read_row(const TrainDepthwise& p, int64_t image, int64_t y, int64_t first, int64_t channels, float* ring,
+                     int64_t stride, float* pixel) {
+  float* out = ring + y % p.ring_rows * p.width * stride;
+  const float* z = p.x.data + (image * p.height + y) * p.width * p.x.stride;
+  if (p.shuffle == 1) {
+    read_source(p.x, z, p.width, first, channels, out, stride);
+    return;
+  }
+  for (int64_t x = 0; x < p.width; ++x, z += p.x.stride, out += stride) {
+    read_source(p.x, z, 1, 0, p.channels, pixel, padded(p.channels));
+    interleave_streams<true>(pixel, p.channels / p.shuffle, p.shuffle, 0, p.channels, out);
+  }
+}
+
+FASTBLOCKS_INLINE int64_t chunk_stride(const TrainDepthwise& p) { return round_up(p.chunk, kLanes); }
+
+inline void train_depthwise_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
+  const TrainDepthwise& p = *static_cast<const TrainDepthwise*>(params);
+  Scratch scratch(memory);
+  const int64_t stride = chunk_stride(p), all = padded(p.channels);
+  float* ring = scratch.take<float>(p.ring_rows * p.width * stride + kPadding);
+  float* pixel = scratch.take<float>(2 * all);
+  const float** rows = scratch.take<const float*>(p.kernel[0]);
+  Moments moments(p.channels, scratch);
+  const bool square = p.kernel[0] == p.kernel[1];
+  const DepthwiseRowFunction row_function = depthwise_row_for(square ? p.kernel[1] : 0, p.stride[1], p.dilation[1]);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / p.bands, band = item % p.bands;
+    const int64_t from = band * p.out_height / p.bands, to = (band + 1) * p.out_height / p.bands;
+    for (int64_t c = 0; c < p.channels; c += p.chunk) {
+      const int64_t channels = smaller(p.chunk, p.channels - c);
+      int64_t next = larger(0, from * p.stride[0] - p.padding[0]), summed = from;
+      for (int64_t oy = from; oy < to; ++oy) {
+        DepthwiseRow r;
+        const int64_t origin = oy * p.stride[0] - p.padding[0];
+        kernel_row_range(oy, p.stride[0], p.padding[0], p.dilation[0], p.kernel[0], p.height, &r.row_begin, &r.row_end);
+        for (next = larger(next, origin); next < smaller(p.height, origin + (p.kernel[0] - 1) * p.dilation[0] + 1); ++next)
+          read_row(p, image, next, c, channels, ring, stride, pixel);
+        for (int64_t ky = r.row_begin; ky < r.row_end; ++ky)
+          rows[ky] = ring + (origin + ky * p.dilation[0]) % p.ring_rows * p.width * stride;
+        r.rows = rows;
+        r.width = p.width, r.pixel_stride = stride;
+        r.out_width = p.out_width, r.out_stride = p.channels;
+        r.kernel_width = p.kernel[1], r.stride = p.stride[1], r.padding = p.padding[1], r.dilation = p.dilation[1];
+        r.weight = p.weight + c, r.weight_stride = all;
+        r.shift = p.zeros;
+        r.clamp = {-__builtin_inff(), __builtin_inff()};
+        r.out = p.z + (image * p.out_height + oy) * p.out_width * p.channels + c;
+        r.channels = channels, r.pad_channels = false;
+        row_function(r);
+        // Rows are summed some at a time: a short one would not repay the sums' additions.
+        if (p.partials && ((oy + 1 - summed) * p.out_width >= 56 || oy + 1 == to)) {
+          add_moments(moments, p.z + (image * p.out_height + summed) * p.out_width * p.channels,
+                      (oy + 1 - summed) * p.out_width, p.channels, c, channels, summed == from);
+          summed = oy + 1;
+        }
+      }
+    }
+    if (p.partials) store_moments(moments, (to - from) * p.out_width, p.partials + item * (1 + 2 * all));
+  }
+}
+
+// Bands, so that there are some items with few images too; and channels, so that the rings stay in L2.
+FASTBLOCKS_INLINE void cut_depthwise(TrainDepthwise& p, int64_t rows, int64_t floats_a_channel) {
+  p.bands = larger(1, smaller(rows / 4, divide_up(16, p.images)));
+  p.items = p.images * p.bands;
+  p.chunk = p.channels;
+  if (p.shuffle == 1 && p.channels * floats_a_channel > kRingFloats) {
+    const int64_t most = larger(64, kRingFloats / floats_a_channel / kPadding * kPadding);
+    p.chunk = round_up(divide_up(p.channels, divide_up(p.channels, most)), kPadding);
+  }
+}
+
+inline void train_depthwise_prepare(void* params, TrainWork* work) {
+  TrainDepthwise& p = *static_cast<TrainDepthwise*>(params);
+  p.ring_rows = (p.kernel[0] - 1) * p.dilation[0] + 1;
+  cut_depthwise(p, p.out_height, p.ring_rows * p.width);
+  *work = {p.items, room<float>(p.ring_rows * p.width * chunk_stride(p) + kPadding) + room<float>(2 * padded(p.channels)) +
+                        room<float*>(p.kernel[0]) + Moments::bytes(p.channels)};
+}
+
+// ---------------------------------------------------------------------------------------------------- backward
+
+// sums[ky][kx] += sum over one output row of dy * x, for a vector of channels; kernel rows [row_begin, row_end) are inside.
+struct TapSums {
+  const float* const* rows;
+  int64_t row_begin, row_end, width, x_stride, out_width, dy_stride;
+  int64_t kernel_width, stride, padding, dilation;
+  const float* dy;
+  float* sums;  // [ky][kx][sums_stride]
+  int64_t sums_stride, channels;
+};
+
+// All taps of K kernel rows in registers: 3x3 has nine independent sums, more than an FMA's latency needs.
+template <int K>
+FASTBLOCKS_INLINE void tap_sums_interior(const TapSums& t, int64_t begin, int64_t end, int64_t c) {
+  Vec sum[K][K] = {};
+  const float* dy = t.dy + begin * t.dy_stride + c;
+  const float* x[K];
+#pragma GCC unroll 8
+  for (int ky = 0; ky < K; ++ky) x[ky] = t.rows[ky] + (begin * t.stride - t.padding) * t.x_stride + c;
+  const int64_t step = t.stride * t.x_stride;
+  for (int64_t ox = begin; ox < end; ++ox, dy += t.dy_stride) {
+    const Vec d = load(dy);
+#pragma GCC unroll 8
+    for (int ky = 0; ky < K; ++ky) {
+#pragma GCC unroll 8
+      for (int kx = 0; kx < K; ++kx) sum[ky][kx] += d * load(x[ky] + kx * t.x_stride);
+      x[ky] += step;
+    }
+  }
+#pragma GCC unroll 8
+  for (int ky = 0; ky < K; ++ky)
+#pragma GCC unroll 8
+    for (int kx = 0; kx < K; ++kx) {
+      float* to = t.sums + (ky * K + kx) * t.sums_stride + c;
+      store(to, load(to) + sum[ky][kx]);
+    }
+}
+
+// Any taps of one output pixel range, a tap at a time.
+inline void tap_sums_any(const TapSums& t, int64_t begin, int64_t end) {
+  for (int64_t ky = t.row_begin; ky < t.row_end; ++ky)
+    for (int64_t kx = 0; kx < t.kernel_width; ++kx) {
+      const int64_t shift = kx * t.dilation - t.padding;  // input column at output column 0
+      int64_t from = begin, to = end;
+      while (from < to && from * t.stride + shift < 0) ++from;
+      while (to > from && (to - 1) * t.stride + shift >= t.width) --to;
+      if (from == to) continue;
+      for (int64_t c = 0; c < t.channels; c += kLanes) {
+        const float* dy = t.dy + from * t.dy_stride + c;
+        const float* x = t.rows[ky] + (from * t.stride + shift) * t.x_stride + c;
+        Vec sum{};
+        for (int64_t ox = from; ox < to; ++ox, dy += t.dy_stride, x += t.stride * t.x_stride) sum += load(dy) * load(x);
+        float* out = t.sums + (ky * t.kernel_width + kx) * t.sums_stride + c;
+        store(out, load(out) + sum);
+      }
+    }
+}
+
+inline void tap_sums(const TapSums& t, int64_t kernel_height) {
+  const bool three = kernel_height == 3 && t.kernel_width == 3 && t.dilation == 1 && t.row_begin == 0 && t.row_end == 3;
+  if (!three) {
+    tap_sums_any(t, 0, t.out_width);
+    return;
+  }
+  int64_t begin = smaller(divide_up(t.padding, t.stride), t.out_width);
+  int64_t end = t.width + t.padding >= 3 ? (t.width + t.padding - 3) / t.stride + 1 : 0;
+  end = larger(begin, smaller(end, t.out_width));
+  if (begin < end)
+    for (int64_t c = 0; c < t.channels; c += kLanes) tap_sums_interior<3>(t, begin, end, c);
+  if (begin > 0) tap_sums_any(t, 0, begin);
+  if (end < t.out_width) tap_sums_any(t, end, t.out_width);
+}
+
+// One row of the input's gradient at any stride: rows[i] is the dy row of kernel row ky[i]. Whole vectors.
+inline void input_gradient_row(const DepthwiseGrad& p, const float* const* rows, const int64_t* ky, int64_t count,
+                               int64_t stride, const float* weight, int64_t channels, float* out, int64_t out_stride) {
+  const TrainDepthwise& s = p.conv;
+  const int64_t all = padded(s.channels);
+  for (int64_t x = 0; x < s.width; ++x, out += out_stride) {
+    const float* at[kMaxTaps];
+    const float* w[kMaxTaps];
+    int taps = 0;
+    for (int64_t kx = 0; kx < s.kernel[1]; ++kx) {
+      const int64_t column = x + s.padding[1] - kx * s.dilation[1];
+      if (column < 0 || column % s.stride[1] || column / s.stride[1] >= s.out_width) continue;
+      for (int64_t i = 0; i < count; ++i, ++taps) {
+        at[taps] = rows[i] + column / s.stride[1] * stride;
+        w[taps] = weight + (ky[i] * s.kernel[1] + kx) * all;
+      }
+    }
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      Vec sum{};
+      for (int i = 0; i < taps; ++i) sum += load(at[i] + c) * load(w[i] + c);
+      store(out + c, sum);
+    }
+  }
+}
+
+struct DepthwiseGradScratch {
+  float *x_ring, *dy_ring, *row, *pixel, *sums;
+  const float** rows;
+  int64_t* kernel_rows;
+};
+
+// Writes row `y` of the input's gradient and finishes it. The dy rows that it needs are in the ring.
+inline void depthwise_grad_row(const DepthwiseGrad& p, const DepthwiseGradScratch& s, int64_t image, int64_t y, int64_t c,
+                               int64_t channels, DepthwiseRowFunction row_function, Sums& sums) {
+  const TrainDepthwise& q = p.conv;
+  const int64_t stride = chunk_stride(q), all = padded(q.channels), ring = q.out_width * stride;
+  if (row_function) {  // stride 1: a convolution with the flipped taps
+    DepthwiseRow r;
+    const int64_t padding = q.dilation[0] * (q.kernel[0] - 1) - q.padding[0];
+    kernel_row_range(y, 1, padding, q.dilation[0], q.kernel[0], q.out_height, &r.row_begin, &r.row_end);
+    for (int64_t ky = r.row_begin; ky < r.row_end; ++ky)
+      s.rows[ky] = s.dy_ring + (y - padding + ky * q.dilation[0]) % p.dy_ring_rows * ring;
+    r.rows = s.rows;
+    r.width = q.out_width, r.pixel_stride = stride;
+    r.out_width = q.width, r.out_stride = stride;
+    r.kernel_width = q.kernel[1], r.stride = 1, r.dilation = q.dilation[1];
+    r.padding = q.dilation[1] * (q.kernel[1] - 1) - q.padding[1];
+    r.weight = p.weight + c, r.weight_stride = all;
+    r.shift = q.zeros;
+    r.clamp = {-__builtin_inff(), __builtin_inff()};
+    r.out = s.row, r.channels = round_up(channels, kLanes), r.pad_channels = true;
+    row_function(r);
+  } else {
+    int64_t count = 0;
+    for (int64_t ky = 0; ky < q.kernel[0]; ++ky) {
+      const int64_t row = y + q.padding[0] - ky * q.dilation[0];
+      if (row < 0 || row % q.stride[0] || row / q.stride[0] >= q.out_height) continue;
+      s.rows[count] = s.dy_ring + row / q.stride[0] % p.dy_ring_rows * ring;
+      s.kernel_rows[count++] = ky;
+    }
+    input_gradient_row(p, s.rows, s.kernel_rows, count, stride, p.weight + c, channels, s.row, stride);
+  }
+  const int64_t pixel = (image * q.height + y) * q.width;
+  float* from = s.row;
+  int64_t from_stride = stride;
+  if (q.shuffle != 1) {
+    from = s.pixel, from_stride = all;
+    for (int64_t x = 0; x < q.width; ++x)
+      interleave_streams<true>(s.row + x * stride, q.shuffle, q.channels / q.shuffle, 0, q.channels, from + x * all);
+  }
+  if (p.addend)
+    for (int64_t x = 0; x < q.width; ++x)
+      for_channels(channels, [&](int64_t i, auto lanes) {
+        float* to = from + x * from_stride + i;
+        store(to, load(to) + load_some(p.addend + (pixel + x) * p.addend_stride + c + i, lanes));
+      });
+  finish(p.finish, from, from_stride, p.dx + pixel * p.dx_stride + c, p.dx_stride, pixel, q.width, c, channels, sums);
+}
+
+// A band of the gradient's rows [begin, end), with the dy rows [dy_begin, dy_end) whose share of the weight's gradient it sums.
+struct GradBand {
+  int64_t begin, end, dy_begin, dy_end;
+};
+
+FASTBLOCKS_INLINE GradBand grad_band(const DepthwiseGrad& p, int64_t band) {
+  const TrainDepthwise& q = p.conv;
+  return {band * q.height / q.bands, (band + 1) * q.height / q.bands, band * q.out_height / q.bands,
+          (band + 1) * q.out_height / q.bands};
+}
+
+inline void depthwise_grad_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
+  const DepthwiseGrad& p = *static_cast<const DepthwiseGrad*>(params);
+  const TrainDepthwise& q = p.conv;
+  Scratch scratch(memory);
+  const int64_t stride = chunk_stride(q), all = padded(q.channels), taps = q.kernel[0] * q.kernel[1];
+  DepthwiseGradScratch s;
+  s.x_ring = scratch.take<float>(q.ring_rows * q.width * stride + kPadding);
+  s.dy_ring = scratch.take<float>(p.dy_ring_rows * q.out_width * stride + kPadding);
+  s.row = scratch.take<float>(q.width * stride + kPadding);
+  s.pixel = scratch.take<float>((q.shuffle == 1 ? 2 : q.width) * all + kPadding);
+  s.sums = scratch.take<float>(taps * all);
+  s.rows = scratch.take<const float*>(q.kernel[0]);
+  s.kernel_rows = scratch.take<int64_t>(q.kernel[0]);
+  Sums sums(q.channels, scratch);
+  const DepthwiseRowFunction row_function =
+      flips(q) ? depthwise_row_for(q.kernel[0] == q.kernel[1] ? q.kernel[1] : 0, 1, q.dilation[1]) : nullptr;
+  const int64_t reach = (q.kernel[0] - 1) * q.dilation[0];
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / q.bands;
+    const GradBand band = grad_band(p, item % q.bands);
+    if (p.finish.partials) sums.clear(q.channels);
+    for (int64_t i = 0; i < taps * all; ++i) s.sums[i] = 0.0f;
+    for (int64_t c = 0; c < q.channels; c += q.chunk) {
+      const int64_t channels = smaller(q.chunk, q.channels - c);
+      // The dy rows that reach into the band, or whose weights' share is the band's.
+      const int64_t first_reached = divide_up(larger(0, band.begin + q.padding[0] - reach), q.stride[0]);
+      const int64_t last_reached = smaller(q.out_height, (band.end - 1 + q.padding[0]) / q.stride[0] + 1);
+      const int64_t from = p.weight ? smaller(first_reached, band.dy_begin) : band.dy_begin;
+      const int64_t to = p.weight ? larger(last_reached, band.dy_end) : band.dy_end;
+      int64_t next = larger(0, band.dy_begin * q.stride[0] - q.padding[0]), y = band.begin;
+      for (int64_t oy = from; oy < to; ++oy) {
+        float* dy = s.dy_ring + oy % p.dy_ring_rows * q.out_width * stride;
+        read_gradient(p.dy, (image * q.out_height + oy) * q.out_width, q.out_width, q.channels, c, channels, dy, stride);
+        if (p.weight_partials && oy >= band.dy_begin && oy < band.dy_end) {
+          TapSums t;
+          const int64_t origin = oy * q.stride[0] - q.padding[0];
+          kernel_row_range(oy, q.stride[0], q.padding[0], q.dilation[0], q.kernel[0], q.height, &t.row_begin, &t.row_end);
+          for (next = larger(next, origin); next < smaller(q.height, origin + reach + 1); ++next)
+            read_row(q, image, next, c, channels, s.x_ring, stride, s.pixel);
+          for (int64_t ky = t.row_begin; ky < t.row_end; ++ky)
+            s.rows[ky] = s.x_ring + (origin + ky * q.dilation[0]) % q.ring_rows * q.width * stride;
+          t.rows = s.rows;
+          t.width = q.width, t.x_stride = stride, t.out_width = q.out_width, t.dy_stride = stride;
+          t.kernel_width = q.kernel[1], t.stride = q.stride[1], t.padding = q.padding[1], t.dilation = q.dilation[1];
+          t.dy = dy, t.sums = s.sums + c, t.sums_stride = all, t.channels = channels;
+          tap_sums(t, q.kernel[0]);
+        }
+        if (!p.weight) continue;
+        // Row y is complete when the last dy row that it reaches is here.
+        for (; y < band.end && smaller((y + q.padding[0]) / q.stride[0], q.out_height - 1) <= oy; ++y)
+          depthwise_grad_row(p, s, image, y, c, channels, row_function, sums);
+      }
+      // No dy row reaches these: their gradient is zero.
+      for (; p.weight && y < band.end; ++y) depthwise_grad_row(p, s, image, y, c, channels, row_function, sums);
+    }
+    if (p.finish.partials) sums.write(q.channels, p.finish.partials + item * 2 * all);
+    if (p.weight_partials)
+      __builtin_memcpy(p.weight_partials + item * taps * all, s.sums, taps * all * sizeof(float));
+  }
+}
+
+inline void depthwise_grad_prepare(void* params, TrainWork* work) {
+  DepthwiseGrad& p = *static_cast<DepthwiseGrad*>(params);
+  TrainDepthwise& q = p.conv;
+  q.ring_rows = (q.kernel[0] - 1) * q.dilation[0] + 1;
+  p.dy_ring_rows = q.ring_rows + 1;
+  cut_depthwise(q, smaller(q.height, q.out_height), q.ring_rows * q.width + p.dy_ring_rows * q.out_width + q.width);
+  p.items = q.items;
+  const int64_t stride = chunk_stride(q), all = padded(q.channels);
+  *work = {p.items, room<float>(q.ring_rows * q.width * stride + kPadding) +
+                        room<float>(p.dy_ring_rows * q.out_width * stride + kPadding) +
+                        room<float>(q.width * stride + kPadding) +
+                        room<float>((q.shuffle == 1 ? 2 : q.width) * all + kPadding) +
+                        room<float>(q.kernel[0] * q.kernel[1] * all) + room<float*>(q.kernel[0]) +
+                        room<int64_t>(q.kernel[0]) + Sums::bytes(q.channels)};
+}
+
+}  // namespace FASTBLOCKS_LEVEL
+}  // namespace fastblocks

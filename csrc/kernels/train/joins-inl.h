@@ -1,0 +1,178 @@
+// The passes that no convolution can take along: statistics of an output that another kernel wrote, sums of branches, a chain's
+// end, ShuffleNetV2's interleaving.
+#pragma once
+
+#include "../shuffle-inl.h"
+#include "common-inl.h"
+
+namespace fastblocks {
+namespace FASTBLOCKS_LEVEL {
+
+constexpr int64_t kPassFloats = 32 * 1024;
+
+template <class Params>
+FASTBLOCKS_INLINE void cut_pass(Params& p) {
+  cut_pixels(p.pixels, larger(16, kPassFloats / larger(1, p.channels)), 256, &p.items, &p.item_pixels);
+}
+
+constexpr int64_t kPassBlock = 64;
+
+// Calls f(first pixel, pixels) for the blocks of an item.
+template <class Params, class F>
+FASTBLOCKS_INLINE void for_blocks(const Params& p, int64_t item, F f) {
+  const int64_t to = smaller((item + 1) * p.item_pixels, p.pixels);
+  for (int64_t m = item * p.item_pixels; m < to; m += kPassBlock) f(m, smaller(kPassBlock, to - m));
+}
+
+inline void moments_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
+  const MomentsPass& p = *static_cast<const MomentsPass*>(params);
+  Scratch scratch(memory);
+  Moments moments(p.channels, scratch);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t from = item * p.item_pixels, to = smaller(from + p.item_pixels, p.pixels);
+    for_blocks(p, item, [&](int64_t m, int64_t pixels) {
+      add_moments(moments, p.z + m * p.channels, pixels, p.channels, 0, p.channels, m == from);
+    });
+    store_moments(moments, to - from, p.partials + item * (1 + 2 * padded(p.channels)));
+  }
+}
+
+inline void moments_prepare(void* params, TrainWork* work) {
+  MomentsPass& p = *static_cast<MomentsPass*>(params);
+  cut_pass(p);
+  *work = {p.items, Moments::bytes(p.channels)};
+}
+
+inline void join_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
+  const Join& p = *static_cast<const Join*>(params);
+  Scratch scratch(memory);
+  const int64_t stride = round_up(p.channels, kLanes);
+  float* a = scratch.take<float>(kPassBlock * stride + kPadding);
+  float* b = scratch.take<float>(kPassBlock * stride + kPadding);
+  const Vec low = broadcast(p.clamp.low), high = broadcast(p.clamp.high);
+  for (int64_t item = begin; item < end; ++item)
+    for_blocks(p, item, [&](int64_t m, int64_t pixels) {
+      read_source(p.a, p.a.data + m * p.a.stride, pixels, 0, p.channels, a, stride);
+      if (p.b.data) read_source(p.b, p.b.data + m * p.b.stride, pixels, 0, p.channels, b, stride);
+      for (int64_t i = 0; i < pixels; ++i)
+        for_channels(p.channels, [&](int64_t c, auto lanes) {
+          Vec v = load(a + i * stride + c);
+          if (p.b.data) v = clamped(v + load(b + i * stride + c), low, high);
+          store_some(p.y + (m + i) * p.y_stride + c, lanes, v);
+        });
+    });
+}
+
+inline void join_prepare(void* params, TrainWork* work) {
+  Join& p = *static_cast<Join*>(params);
+  cut_pass(p);
+  *work = {p.items, 2 * room<float>(kPassBlock * round_up(p.channels, kLanes) + kPadding)};
+}
+
+inline void finish_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
+  const FinishPass& p = *static_cast<const FinishPass*>(params);
+  Scratch scratch(memory);
+  Sums sums(p.channels, scratch);
+  const int64_t stride = round_up(p.channels, kLanes);
+  float* sum = scratch.take<float>(kPassBlock * stride + kPadding);
+  for (int64_t item = begin; item < end; ++item) {
+    sums.clear(p.channels);
+    for_blocks(p, item, [&](int64_t m, int64_t pixels) {
+      const float* g = p.g + m * p.stride;
+      int64_t g_stride = p.stride;
+      if (p.addend) {
+        for (int64_t i = 0; i < pixels; ++i)
+          for_channels(p.channels, [&](int64_t c, auto lanes) {
+            store(sum + i * stride + c,
+                  load_some(g + i * p.stride + c, lanes) + load_some(p.addend + (m + i) * p.addend_stride + c, lanes));
+          });
+        g = sum, g_stride = stride;
+      }
+      finish(p.finish, g, g_stride, p.out ? p.out + m * p.out_stride : nullptr, p.out_stride, m, pixels, 0, p.channels, sums);
+    });
+    if (p.finish.partials) sums.write(p.channels, p.finish.partials + item * 2 * padded(p.channels));
+  }
+}
+
+inline void finish_prepare(void* params, TrainWork* work) {
+  FinishPass& p = *static_cast<FinishPass*>(params);
+  cut_pass(p);
+  *work = {p.items, Sums::bytes(p.channels) + room<float>(kPassBlock * round_up(p.channels, kLanes) + kPadding)};
+}
+
+inline void interleave_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
+  const InterleaveJoin& p = *static_cast<const InterleaveJoin*>(params);
+  Scratch scratch(memory);
+  const int64_t stride = round_up(p.channels, kLanes);
+  float* left = scratch.take<float>(kPassBlock * stride + kPadding);
+  float* right = scratch.take<float>(kPassBlock * stride + kPadding);
+  for (int64_t item = begin; item < end; ++item)
+    for_blocks(p, item, [&](int64_t m, int64_t pixels) {
+      read_source(p.left, p.left.data + m * p.left.stride, pixels, 0, p.channels, left, stride);
+      read_source(p.right, p.right.data + m * p.right.stride, pixels, 0, p.channels, right, stride);
+      for (int64_t i = 0; i < pixels; ++i) {
+        const float* streams[2] = {left + i * stride, right + i * stride};
+        interleave_exact<2>(streams, 0, 2 * p.channels, p.y + (m + i) * 2 * p.channels);
+      }
+    });
+}
+
+inline void interleave_prepare(void* params, TrainWork* work) {
+  InterleaveJoin& p = *static_cast<InterleaveJoin*>(params);
+  cut_pass(p);
+  *work = {p.items, 2 * room<float>(kPassBlock * round_up(p.channels, kLanes) + kPadding)};
+}
+
+template <int... E>
+FASTBLOCKS_INLINE Vec even_lanes(Vec a, Vec b, std::integer_sequence<int, E...>) {
+  return __builtin_shufflevector(a, b, (2 * E)...);
+}
+template <int... E>
+FASTBLOCKS_INLINE Vec odd_lanes(Vec a, Vec b, std::integer_sequence<int, E...>) {
+  return __builtin_shufflevector(a, b, (2 * E + 1)...);
+}
+
+// The even values of a pixel to `even`, the odd ones to `odd`: `count` each.
+inline void deal(const float* from, int64_t count, float* even, float* odd) {
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) {
+    const Vec a = load(from + 2 * c), b = load(from + 2 * c + kLanes);
+    store(even + c, even_lanes(a, b, LaneIndices()));
+    store(odd + c, odd_lanes(a, b, LaneIndices()));
+  }
+  for (; c < count; ++c) even[c] = from[2 * c], odd[c] = from[2 * c + 1];
+}
+
+inline void interleave_grad_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
+  const InterleaveGrad& p = *static_cast<const InterleaveGrad*>(params);
+  Scratch scratch(memory);
+  const int64_t stride = round_up(p.channels, kLanes);
+  float* left = scratch.take<float>(kPassBlock * stride + kPadding);
+  float* right = scratch.take<float>(kPassBlock * stride + kPadding);
+  Sums left_sums(p.channels, scratch), right_sums(p.channels, scratch);
+  for (int64_t item = begin; item < end; ++item) {
+    left_sums.clear(p.channels);
+    right_sums.clear(p.channels);
+    for_blocks(p, item, [&](int64_t m, int64_t pixels) {
+      for (int64_t i = 0; i < pixels; ++i) deal(p.g + (m + i) * p.stride, p.channels, left + i * stride, right + i * stride);
+      if (p.left)
+        finish(p.left_finish, left, stride, p.left + m * p.left_stride, p.left_stride, m, pixels, 0, p.channels, left_sums);
+      if (p.right)
+        finish(p.right_finish, right, stride, p.right + m * p.right_stride, p.right_stride, m, pixels, 0, p.channels,
+               right_sums);
+    });
+    const int64_t at = item * 2 * padded(p.channels);
+    if (p.left_finish.partials) left_sums.write(p.channels, p.left_finish.partials + at);
+    if (p.right_finish.partials) right_sums.write(p.channels, p.right_finish.partials + at);
+  }
+}
+
+inline void interleave_grad_prepare(void* params, TrainWork* work) {
+  InterleaveGrad& p = *static_cast<InterleaveGrad*>(params);
+  cut_pass(p);
+  *work = {p.items,
+           2 * room<float>(kPassBlock * round_up(p.channels, kLanes) + kPadding) + 2 * Sums::bytes(p.channels)};
+}
+
+}  // namespace FASTBLOCKS_LEVEL
+}  // namespace fastblocks

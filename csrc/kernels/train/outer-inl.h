@@ -1,0 +1,82 @@
+// The product of the weight gradient: out[n][k] (+)= sum over pixels of dy[pixel][n] * x[pixel][k]. Both operands lie as they
+// are read, so nothing is transposed: a tile's rows are broadcast from dy, its columns are vectors of x.
+#pragma once
+
+#include "common-inl.h"
+
+namespace fastblocks {
+namespace FASTBLOCKS_LEVEL {
+
+constexpr int kOuterRows = kRegisters == 32 ? 12 : 6;
+
+template <int R, int V>
+inline void outer_tile(const float* dy, int64_t dy_stride, const float* x, int64_t x_stride, int64_t pixels, float* out,
+                       int64_t out_stride, bool add) {
+  Vec sum[R][V];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) sum[r][v] = Vec{};
+  for (int64_t m = 0; m < pixels; ++m, dy += dy_stride, x += x_stride) {
+    Vec b[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) b[v] = load(x + v * kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const Vec a = broadcast(dy[r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[r][v] += a * b[v];
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      float* to = out + r * out_stride + v * kLanes;
+      store(to, add ? load(to) + sum[r][v] : sum[r][v]);
+    }
+}
+
+typedef void (*OuterTile)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool);
+
+template <int V>
+FASTBLOCKS_INLINE OuterTile outer_tile_of(int64_t rows) {
+  switch (rows) {
+    case 1: return outer_tile<1, V>;
+    case 2: return outer_tile<2, V>;
+    case 3: return outer_tile<3, V>;
+    case 4: return outer_tile<4, V>;
+    case 5: return outer_tile<5, V>;
+    case 6: return outer_tile<6, V>;
+#if FASTBLOCKS_VECTOR_BYTES == 64
+    case 7: return outer_tile<7, V>;
+    case 8: return outer_tile<8, V>;
+    case 9: return outer_tile<9, V>;
+    case 10: return outer_tile<10, V>;
+    case 11: return outer_tile<11, V>;
+    case 12: return outer_tile<12, V>;
+#endif
+    default: return nullptr;
+  }
+}
+
+// Rows are split evenly over tiles; columns come in pairs of vectors. Writes whole vectors of columns.
+inline void outer(const float* dy, int64_t dy_stride, int64_t rows, const float* x, int64_t x_stride, int64_t columns,
+                  int64_t pixels, float* out, int64_t out_stride, bool add) {
+  const int64_t tiles = divide_up(rows, kOuterRows), base = rows / tiles, extra = rows % tiles;
+  for (int64_t c = 0; c < columns;) {
+    const bool pair = c + kLanes < columns;
+    const OuterTile large = pair ? outer_tile_of<2>(base + 1) : outer_tile_of<1>(base + 1);
+    const OuterTile small = pair ? outer_tile_of<2>(base) : outer_tile_of<1>(base);
+    int64_t r = 0;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const bool more = t < extra;
+      (more ? large : small)(dy + r, dy_stride, x + c, x_stride, pixels, out + r * out_stride + c, out_stride, add);
+      r += base + more;
+    }
+    c += pair ? 2 * kLanes : kLanes;
+  }
+}
+
+}  // namespace FASTBLOCKS_LEVEL
+}  // namespace fastblocks

@@ -1,0 +1,254 @@
+// What the training kernels are told. As in inference: plain structs of pointers and sizes; activations are
+// [pixel][channel], all pixels of all images evenly spaced.
+//
+// A convolution writes its output z as it is. BatchNorm and activation are applied where z is read (`Source`), and their
+// derivative where the gradient of what was read is written (`Finish`): no activated tensor is stored.
+//
+// Sums over pixels (statistics, gradients of weights) are made an item, and merged in item order. How a shape is cut into items
+// depends on the shape alone, so results are the same at any number of threads.
+#pragma once
+
+#include "../params.h"
+
+namespace fastblocks {
+
+// Vectors of channels are padded to this many floats, at any instruction set level.
+constexpr int64_t kPadding = 16;
+constexpr int64_t kMaxTaps = 121;
+
+// The BatchNorm of one call: bn(z) = (z - mean) * scale + shift. Padded to kPadding, with zeros. In training `shift` also makes
+// up for what is lost when the mean is rounded to a float.
+struct Norm {
+  float *mean, *scale, *shift, *inverse;  // inverse = 1 / sqrt(variance + eps)
+};
+
+// What a kernel reads: clamp(bn(z)), or z itself where there is no mean.
+struct Source {
+  const float* data;
+  int64_t stride;
+  Norm norm;
+  Clamp clamp;
+};
+
+// The gradient of a convolution's output z: scale * g + slope * (z - mean) + offset, or g itself where there is no scale.
+struct Gradient {
+  const float* g;
+  int64_t stride;
+  const float* z;  // dense
+  const float *mean, *scale, *slope, *offset;
+};
+
+enum class Mask { kNone, kNorm, kOutput };
+
+// What is done with a gradient as it is written: it is masked by the activation of what it is the gradient of, and summed for
+// the BatchNorm's own gradient.
+struct Finish {
+  Mask mask;         // kNorm: where bn(z) lies within the clamp; kOutput: where y > 0
+  const float* z;    // null: no sums
+  int64_t z_stride;  // z's and y's
+  Norm norm;
+  Clamp clamp;
+  const float* y;
+  double* partials;  // [item][2][padded]: sums of g and of g * (z - mean)
+};
+
+// One BatchNorm forward: statistics from the items' partials, constants for the readers, running statistics.
+struct NormForward {
+  int64_t channels, items, count;  // count: pixels
+  const double* partials;          // [item][1 + 2 * padded]: pixels, means, sums of squares around them; null: running statistics
+  const float *weight, *bias;      // or null
+  float *running_mean, *running_var;
+  bool update;
+  double momentum, eps;
+  Norm to;
+};
+
+// One BatchNorm backward: the coefficients of `Gradient`, and the gradients of weight and bias.
+struct NormBackward {
+  int64_t channels, items, count;
+  const double* partials;
+  bool frozen;  // the statistics are no function of the input
+  Norm norm;
+  float *slope, *offset;
+  float *grad_weight, *grad_bias;  // or null
+};
+
+// Adds the items' gradients of a weight, in item order: element (r, c) goes to out[row_offsets[r] + column_offsets[c]].
+struct MergeWeights {
+  int64_t items, rows, columns, stride;  // of the partials, [item][row][stride]
+  const float* partials;
+  const int64_t *row_offsets, *column_offsets;
+  float* out;
+};
+
+// Packs one matrix a group: element (channel, depth) of group g is w[g * group_stride + channel * channel_stride + depth * ...].
+struct PackMatrix {
+  const float* w;
+  int64_t groups, channels, depth, group_stride, channel_stride;
+  const int64_t* depth_offsets;
+  float* out;
+};
+
+struct PackTaps {
+  const float* w;
+  int64_t channels, kernel[2], strides[3];
+  bool flip;  // for the gradient of the input
+  float* out;
+};
+
+struct TrainPointwise {
+  int64_t pixels, in_channels, out_channels, groups;
+  Source x;
+  const float* weight;
+  const float* zeros;
+  float* z;
+  double* partials;  // null: no statistics
+  // set by prepare
+  int64_t items, item_pixels, block, panel_stride;
+};
+
+struct PointwiseGrad {
+  int64_t pixels, in_channels, out_channels, groups;
+  Gradient dy;
+  Source x;
+  const float* weight;  // packed for the transposed product; null: the input's gradient is not needed
+  const float* zeros;
+  float* dx;
+  int64_t dx_stride;
+  const float* addend;  // what dx already holds from other readers, or null
+  int64_t addend_stride;
+  Finish finish;
+  float* weight_partials;  // [item][out_channel][weight_stride]; null: not needed
+  // set by prepare
+  int64_t items, item_pixels, block, dy_stride, x_stride, weight_stride;
+};
+
+struct TrainDepthwise {
+  int64_t images, height, width, channels, out_height, out_width;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  int64_t shuffle;  // groups of the channel shuffle that the input goes through first; 1: none
+  Source x;
+  const float* weight;
+  const float* zeros;
+  float* z;
+  double* partials;
+  // set by prepare
+  int64_t items, bands, chunk, ring_rows;
+};
+
+// Whether the input's gradient is a convolution with the flipped taps.
+inline bool flips(const TrainDepthwise& p) {
+  return p.stride[0] == 1 && p.stride[1] == 1 && p.padding[0] <= (p.kernel[0] - 1) * p.dilation[0] &&
+         p.padding[1] <= (p.kernel[1] - 1) * p.dilation[1];
+}
+
+struct DepthwiseGrad {
+  TrainDepthwise conv;  // sizes and input
+  Gradient dy;
+  const float* weight;  // taps, flipped where flips(); null: the input's gradient is not needed
+  float* dx;
+  int64_t dx_stride;
+  const float* addend;
+  int64_t addend_stride;
+  Finish finish;
+  float* weight_partials;  // [item][tap][padded]
+  // set by prepare
+  int64_t items, dy_ring_rows;
+};
+
+// Dense k x k convolutions: their gradients by laying windows out in rows.
+struct DenseGrad {
+  ConvParams conv;  // sizes and input, which is no convolution's output
+  Gradient dy;
+  const float* weight;  // packed for the transposed product, depth order (channel, row, column); null: not needed
+  const float* zeros;
+  float* dx;        // dense NHWC
+  bool accumulate;  // dx holds what other readers gave
+  float* weight_partials;  // [item][out_channel][weight_stride]
+  // set by prepare
+  int64_t items, bands, block, dy_stride, x_stride, weight_stride;
+};
+
+// Statistics of a z that another kernel wrote.
+struct MomentsPass {
+  int64_t pixels, channels;
+  const float* z;
+  double* partials;
+  int64_t items, item_pixels;  // set by prepare
+};
+
+// y = clamp(a + b), b.data null: a alone.
+struct Join {
+  int64_t pixels, channels;
+  Source a, b;
+  Clamp clamp;
+  float* y;
+  int64_t y_stride;
+  int64_t items, item_pixels;  // set by prepare
+};
+
+// Writes a gradient that has arrived at `out` (or, where that is null, only sums it).
+struct FinishPass {
+  int64_t pixels, channels;
+  const float* g;
+  int64_t stride;
+  const float* addend;
+  int64_t addend_stride;
+  float* out;
+  int64_t out_stride;
+  Finish finish;
+  int64_t items, item_pixels;  // set by prepare
+};
+
+// ShuffleNetV2: y[2 c] = left[c], y[2 c + 1] = right[c]; and the gradient's way back.
+struct InterleaveJoin {
+  int64_t pixels, channels;  // of one side
+  Source left, right;
+  float* y;
+  int64_t items, item_pixels;
+};
+
+struct InterleaveGrad {
+  int64_t pixels, channels;
+  const float* g;  // of y
+  int64_t stride;
+  float *left, *right;
+  int64_t left_stride, right_stride;
+  Finish left_finish, right_finish;
+  int64_t items, item_pixels;
+};
+
+// Pooling 3x3 or other windows, forward and backward. `places`: which tap of its window won, a byte a value (maximum only).
+struct TrainPool {
+  bool average;
+  int64_t images, height, width, channels, out_height, out_width;
+  int64_t kernel[2], stride[2], padding[2];
+  Source x;
+  float* y;  // or its gradient
+  int64_t y_stride;
+  unsigned char* places;
+  float* dx;  // backward
+  int64_t dx_stride;
+  const float* addend;
+  int64_t addend_stride;
+  Finish finish;
+  int64_t items, bands;
+};
+
+// A kernel: prepare() cuts the work into items and says what they need; run() does some of them.
+struct TrainWork {
+  int64_t items;
+  size_t worker_bytes;
+};
+
+struct TrainOp {
+  void (*prepare)(void* params, TrainWork* work);
+  void (*run)(const void* params, int64_t begin, int64_t end, char* scratch) noexcept;
+};
+
+struct TrainTable {
+  TrainOp norm_forward, norm_backward, merge_weights, pack_matrix, pack_taps, pointwise, pointwise_grad, depthwise,
+      depthwise_grad, dense_grad, moments, join, finish, interleave, interleave_grad, pool, pool_grad;
+};
+
+}  // namespace fastblocks

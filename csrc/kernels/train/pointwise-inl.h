@@ -1,0 +1,99 @@
+// 1x1 convolutions in training. Forward: each block of pixels is read through the BatchNorm before it into a panel, multiplied,
+// and its statistics are taken while it is in cache. Backward: from one panel of dy and one of x come the gradient of the input,
+// which is finished while it is in cache, and the item's share of the gradient of the weight.
+#pragma once
+
+#include "outer-inl.h"
+
+namespace fastblocks {
+namespace FASTBLOCKS_LEVEL {
+
+constexpr int64_t kBlockFloats = 64 * 1024;  // of all operands of a block: half of L2, or less
+
+inline void train_pointwise_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
+  const TrainPointwise& p = *static_cast<const TrainPointwise*>(params);
+  Scratch scratch(memory);
+  float* panel = scratch.take<float>(p.block * p.panel_stride + kPadding);
+  Moments moments(p.out_channels, scratch);
+  const int64_t k = p.in_channels / p.groups, n = p.out_channels / p.groups;
+  const int64_t packed = Panels(n).padded() * k;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t from = item * p.item_pixels, to = smaller(from + p.item_pixels, p.pixels);
+    for (int64_t m = from; m < to; m += p.block) {
+      const int64_t pixels = smaller(p.block, to - m);
+      const float* left = p.x.data + m * p.x.stride;
+      int64_t stride = p.x.stride;
+      if (p.x.norm.mean) {
+        read_source(p.x, left, pixels, 0, p.in_channels, panel, p.panel_stride);
+        left = panel, stride = p.panel_stride;
+      }
+      float* z = p.z + m * p.out_channels;
+      for (int64_t g = 0; g < p.groups; ++g)
+        product({left + g * k, k, stride, 1, nullptr}, pixels, n, p.weight + g * packed, p.zeros, nullptr, 0, z + g * n,
+                p.out_channels);
+      if (p.partials) add_moments(moments, z, pixels, p.out_channels, 0, p.out_channels, m == from);
+    }
+    if (p.partials) store_moments(moments, to - from, p.partials + item * (1 + 2 * padded(p.out_channels)));
+  }
+}
+
+inline void train_pointwise_prepare(void* params, TrainWork* work) {
+  TrainPointwise& p = *static_cast<TrainPointwise*>(params);
+  p.panel_stride = panel_row(p.in_channels);
+  p.block = smaller(192, larger(48, kBlockFloats / (p.panel_stride + p.out_channels)));
+  cut_pixels(p.pixels, p.block, 128, &p.items, &p.item_pixels);
+  p.block = divide_up(p.item_pixels, divide_up(p.item_pixels, p.block));
+  *work = {p.items, room<float>(p.block * p.panel_stride + kPadding) + Moments::bytes(p.out_channels)};
+}
+
+inline void pointwise_grad_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
+  const PointwiseGrad& p = *static_cast<const PointwiseGrad*>(params);
+  Scratch scratch(memory);
+  float* dy = scratch.take<float>(p.block * p.dy_stride + kPadding);
+  float* x = scratch.take<float>(p.block * p.x_stride + kPadding);
+  Sums sums(p.in_channels, scratch);
+  const int64_t k = p.in_channels / p.groups, n = p.out_channels / p.groups;
+  const int64_t packed = Panels(k).padded() * n;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t from = item * p.item_pixels, to = smaller(from + p.item_pixels, p.pixels);
+    if (p.finish.partials) sums.clear(p.in_channels);
+    for (int64_t m = from; m < to; m += p.block) {
+      const int64_t pixels = smaller(p.block, to - m);
+      read_gradient(p.dy, m, pixels, p.out_channels, 0, p.out_channels, dy, p.dy_stride);
+      if (p.weight_partials) {
+        read_source(p.x, p.x.data + m * p.x.stride, pixels, 0, p.in_channels, x, p.x_stride);
+        float* out = p.weight_partials + item * p.out_channels * p.weight_stride;
+        for (int64_t g = 0; g < p.groups; ++g)
+          outer(dy + g * n, p.dy_stride, n, x + g * k, p.x_stride, k, pixels, out + g * n * p.weight_stride, p.weight_stride,
+                m > from);
+      }
+      if (p.weight) {
+        float* dx = p.dx + m * p.dx_stride;
+        const float* addend = p.addend ? p.addend + m * p.addend_stride : nullptr;
+        for (int64_t g = 0; g < p.groups; ++g)
+          product({dy + g * n, n, p.dy_stride, 1, nullptr}, pixels, k, p.weight + g * packed, p.zeros,
+                  addend ? addend + g * k : nullptr, p.addend_stride, dx + g * k, p.dx_stride);
+        finish(p.finish, dx, p.dx_stride, dx, p.dx_stride, m, pixels, 0, p.in_channels, sums);
+      }
+    }
+    if (p.finish.partials) sums.write(p.in_channels, p.finish.partials + item * 2 * padded(p.in_channels));
+  }
+}
+
+inline void pointwise_grad_prepare(void* params, TrainWork* work) {
+  PointwiseGrad& p = *static_cast<PointwiseGrad*>(params);
+  p.dy_stride = panel_row(p.out_channels);
+  p.x_stride = panel_row(p.in_channels);
+  p.weight_stride = padded(p.in_channels / p.groups);
+  // An item has a gradient of the weight of its own: few items where that is large.
+  const int64_t weight_floats = p.out_channels * p.weight_stride;
+  const int64_t most = smaller(128, larger(4, (2 << 20) / weight_floats));
+  p.block = smaller(192, larger(48, kBlockFloats / (p.dy_stride + 2 * p.x_stride)));
+  cut_pixels(p.pixels, p.block, most, &p.items, &p.item_pixels);
+  p.block = divide_up(p.item_pixels, divide_up(p.item_pixels, p.block));
+  *work = {p.items, room<float>(p.block * p.dy_stride + kPadding) + room<float>(p.block * p.x_stride + kPadding) +
+                        Sums::bytes(p.in_channels)};
+}
+
+}  // namespace FASTBLOCKS_LEVEL
+}  // namespace fastblocks

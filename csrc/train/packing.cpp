@@ -1,0 +1,79 @@
+#include "packing.h"
+
+namespace fastblocks {
+namespace train {
+
+std::vector<int64_t> depth_offsets(const TensorView& weight) {
+  std::vector<int64_t> offsets;
+  for (int64_t c = 0; c < weight.size[1]; ++c)
+    for (int64_t y = 0; y < weight.size[2]; ++y)
+      for (int64_t x = 0; x < weight.size[3]; ++x)
+        offsets.push_back(c * weight.stride[1] + y * weight.stride[2] + x * weight.stride[3]);
+  return offsets;
+}
+
+namespace {
+
+const float* pack_taps(Plan& plan, const TensorView& w, bool flip) {
+  PackTaps p{w.data, w.size[0], {w.size[2], w.size[3]}, {w.stride[0], w.stride[2], w.stride[3]}, flip, nullptr};
+  p.out = plan.floats(round16(w.size[0]) * w.size[2] * w.size[3]);
+  plan.add(kernels().train.pack_taps, p);
+  return p.out;
+}
+
+}  // namespace
+
+const float* pack_forward(Plan& plan, const Bound& b, const Node& node) {
+  const TensorView& w = b.convs[node.conv].weight;
+  if (node.kind == Kind::kDepthwise) return pack_taps(plan, w, false);
+  if (node.kind == Kind::kDense) {
+    // It is small, and laid out as the kernel of inference has it.
+    const int64_t depth = w.size[1] * w.size[2] * w.size[3];
+    auto pack = std::make_shared<std::vector<float>>(kernels().pack_gemm_floats(w.size[0], depth) + 16);
+    std::vector<int64_t> offsets(depth);
+    kernels().pack_conv(w.data, w.size[0], w.size[1], w.size + 2, w.stride, b.planar, offsets.data(), pack->data());
+    return plan.keep(std::vector<float>(std::move(*pack)));
+  }
+  const int64_t n = w.size[0] / node.groups;
+  PackMatrix p{w.data, node.groups, n, w.size[1], n * w.stride[0], w.stride[0], nullptr, nullptr};
+  p.depth_offsets = plan.keep(depth_offsets(w));
+  p.out = plan.floats(node.groups * round16(n) * w.size[1]);
+  plan.add(kernels().train.pack_matrix, p);
+  return p.out;
+}
+
+const float* pack_backward(Plan& plan, const Bound& b, const Node& node, const TrainDepthwise* depthwise) {
+  const TensorView& w = b.convs[node.conv].weight;
+  if (depthwise) return pack_taps(plan, w, flips(*depthwise));
+  // Of the transposed matrix: its channels are the weight's depth.
+  const int64_t n = w.size[0] / node.groups, depth = w.size[1] * w.size[2] * w.size[3];
+  std::vector<int64_t> offsets(n);
+  for (int64_t i = 0; i < n; ++i) offsets[i] = i * w.stride[0];
+  if (node.kind == Kind::kDense) {
+    // Any strides: the matrix is copied first.
+    const std::vector<int64_t> from = depth_offsets(w);
+    std::vector<float> matrix(n * depth);
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t k = 0; k < depth; ++k) matrix[i * depth + k] = w.data[i * w.stride[0] + from[k]];
+      offsets[i] = i * depth;
+    }
+    PackMatrix p{plan.keep(std::move(matrix)), 1, depth, n, 0, 1, plan.keep(std::move(offsets)), nullptr};
+    p.out = plan.floats(round16(depth) * n);
+    plan.add(kernels().train.pack_matrix, p);
+    return p.out;
+  }
+  PackMatrix p{w.data, node.groups, depth, n, n * w.stride[0], w.stride[1], plan.keep(std::move(offsets)), nullptr};
+  p.out = plan.floats(node.groups * round16(depth) * n);
+  plan.add(kernels().train.pack_matrix, p);
+  return p.out;
+}
+
+void run_plan(Plan& plan) {
+  PyThreadState* const state = PyEval_SaveThread();
+  const bool done = plan.run();
+  PyEval_RestoreThread(state);
+  if (!done) throw std::bad_alloc();
+}
+
+}  // namespace train
+}  // namespace fastblocks

@@ -1,0 +1,35 @@
+// What both directions need: weights packed for a product, and a few sizes.
+#pragma once
+
+#include <Python.h>
+
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "../dispatch.h"
+#include "plan.h"
+#include "program.h"
+
+namespace fastblocks {
+namespace train {
+
+inline int64_t round16(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
+
+
+// Each adds a job to the plan's current stage, and returns where the packed weight will be.
+const float* pack_forward(Plan& plan, const Bound& b, const Node& node);
+// For the gradient of the input.
+const float* pack_backward(Plan& plan, const Bound& b, const Node& node, const TrainDepthwise* depthwise);
+
+// Element offsets of a dense weight's depth, in the order (channel, row, column).
+std::vector<int64_t> depth_offsets(const TensorView& weight);
+
+TrainPool pool_of(const Bound& b, const Node& node, int64_t value);
+int64_t zeros_needed(const Bound& b);
+
+// Runs it without the GIL.
+void run_plan(Plan& plan);
+
+}  // namespace train
+}  // namespace fastblocks
