@@ -17,8 +17,12 @@ constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kChunk = 8 * kHugePage;
 constexpr size_t kLargestCarved = kHugePage;
 
-// Unused slabs of their own mapping are kept up to this sum; carved ones stay with their chunk.
-constexpr int64_t kLimit = int64_t(512) << 20;
+// Slabs of their own mapping are kept while all slabs, used and unused, take no more than five quarters of what was ever in use at
+// once (a program that repeats itself then finds a slab of each size), or this; carved ones stay with their chunk.
+constexpr int64_t kLimit = int64_t(128) << 20;
+
+// A slab of one of these many larger classes will do, where there is none of the right one.
+constexpr int kLargerClasses = 2;
 
 struct Chunk {
   char* memory;
@@ -110,6 +114,29 @@ struct Pool {
 
   static void destroy(Header* slab) { munmap(static_cast<void*>(slab), (slab->bytes + kHugePage - 1) / kHugePage * kHugePage); }
 
+  // The unused slab to hand out for a class, or null.
+  Header* reuse(int size_class) {
+    for (int c = size_class; c <= size_class + kLargerClasses && c < kClasses; ++c)
+      if (!free[c].empty()) {
+        Header* slab = free[c].back();
+        free[c].pop_back();
+        stats.cached_bytes -= slab->bytes;
+        return slab;
+      }
+    return nullptr;
+  }
+
+  // Gives the largest unused mappings back until the sum is within the limit.
+  void trim() {
+    for (int c = kClasses; c-- > 0 && stats.active_bytes + stats.cached_bytes > stats.limit_bytes;)
+      while (!free[c].empty() && !free[c].back()->chunk && stats.active_bytes + stats.cached_bytes > stats.limit_bytes) {
+        Header* slab = free[c].back();
+        free[c].pop_back();
+        stats.cached_bytes -= slab->bytes;
+        destroy(slab);
+      }
+  }
+
   void drop_unused() {
     for (auto& slabs : free) {
       const auto unused = [](Header* slab) { return !slab->chunk || slab->chunk->live == 0; };
@@ -138,20 +165,16 @@ void* acquire_slab(size_t bytes) {
   const int c = class_of(bytes + sizeof(Header) + 64);
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
-  Header* slab = nullptr;
-  if (!p.free[c].empty()) {
-    slab = p.free[c].back();
-    p.free[c].pop_back();
-    p.stats.cached_bytes -= slab->bytes;
-    ++p.stats.hits;
-  } else {
-    slab = p.create(c);
-    if (!slab) return nullptr;
-    ++p.stats.misses;
-  }
+  Header* slab = p.reuse(c);
+  const bool hit = slab != nullptr;
+  if (!hit) slab = p.create(c);
+  if (!slab) return nullptr;
+  ++(hit ? p.stats.hits : p.stats.misses);
   if (slab->chunk) ++slab->chunk->live;
   p.stats.active_bytes += slab->bytes;
   p.stats.peak_active_bytes = std::max(p.stats.peak_active_bytes, p.stats.active_bytes);
+  p.stats.limit_bytes = std::max(kLimit, p.stats.peak_active_bytes / 4 * 5);
+  if (!hit) p.trim();
   return slab + 1;
 }
 
@@ -163,7 +186,7 @@ void release_slab(void* memory) {
     const std::lock_guard<std::mutex> lock(p.mutex);
     p.stats.active_bytes -= slab->bytes;
     if (slab->chunk) --slab->chunk->live;
-    if (slab->chunk || p.stats.cached_bytes + (int64_t)slab->bytes <= p.stats.limit_bytes) {
+    if (slab->chunk || p.stats.active_bytes + p.stats.cached_bytes + (int64_t)slab->bytes <= p.stats.limit_bytes) {
       p.free[slab->size_class].push_back(slab);
       p.stats.cached_bytes += slab->bytes;
       return;

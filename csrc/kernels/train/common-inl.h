@@ -119,28 +119,49 @@ FASTBLOCKS_INLINE void add_lanes(double* to, Vec v, int lanes) {
   for (int i = 0; i < lanes; ++i) to[i] += (double)v[i];
 }
 
+// V vectors of channels at once: the sums of one alone would wait for each other.
+template <int V>
+FASTBLOCKS_INLINE void add_moments_of(Moments& m, const float* z, int64_t pixels, int64_t stride, int64_t c, int lanes,
+                                      bool begins) {
+  if (begins) {
+    const int64_t n = smaller(pixels, kFirstPixels);
+    for (int v = 0; v < V; ++v) {
+      Vec total{};
+      for (int64_t i = 0; i < n; ++i) total += load_some(z + i * stride + v * kLanes, lanes);
+      store(m.centre + c + v * kLanes, total / broadcast((float)n));
+    }
+    for (int i = 0; i < V * kLanes; ++i) m.sum[c + i] = m.squares[c + i] = 0.0;
+  }
+  Vec centre[V], sum[V] = {}, squares[V] = {};
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) centre[v] = load(m.centre + c + v * kLanes);
+  for (int64_t i = 0; i < pixels; ++i, z += stride)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const Vec d = load_some(z + v * kLanes, lanes) - centre[v];
+      sum[v] += d;
+      squares[v] += d * d;
+    }
+  for (int v = 0; v < V; ++v) {
+    add_lanes(m.sum + c + v * kLanes, sum[v], lanes);
+    add_lanes(m.squares + c + v * kLanes, squares[v], lanes);
+  }
+}
+
+// Calls f(channel, vectors, lanes) with four vectors at a time, then one, then a part of one.
+template <class F>
+FASTBLOCKS_INLINE void for_vectors(int64_t channels, F f) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= channels; c += 4 * kLanes) f(c, Number<4>(), Number<kLanes>());
+  for (; c + kLanes <= channels; c += kLanes) f(c, Number<1>(), Number<kLanes>());
+  if (c < channels) f(c, Number<1>(), (int)(channels - c));
+}
+
 // Channels [first, first + channels) of some pixels; `begins`: they are the first of the item.
 inline void add_moments(Moments& m, const float* z, int64_t pixels, int64_t stride, int64_t first, int64_t channels,
                         bool begins) {
-  for_channels(channels, [&](int64_t offset, auto lanes) {
-    const int64_t c = first + offset;
-    if (begins) {
-      const int64_t n = smaller(pixels, kFirstPixels);
-      Vec total{};
-      for (int64_t i = 0; i < n; ++i) total += load_some(z + i * stride + c, lanes);
-      store(m.centre + c, total / broadcast((float)n));
-      for (int i = 0; i < kLanes; ++i) m.sum[c + i] = m.squares[c + i] = 0.0;
-    }
-    const Vec centre = load(m.centre + c);
-    Vec sum{}, squares{};
-    const float* at = z + c;
-    for (int64_t i = 0; i < pixels; ++i, at += stride) {
-      const Vec d = load_some(at, lanes) - centre;
-      sum += d;
-      squares += d * d;
-    }
-    add_lanes(m.sum + c, sum, lanes);
-    add_lanes(m.squares + c, squares, lanes);
+  for_vectors(channels, [&](int64_t c, auto vectors, auto lanes) __attribute__((always_inline)) {
+    add_moments_of<decltype(vectors)::value>(m, z + first + c, pixels, stride, first + c, lanes, begins);
   });
 }
 
@@ -176,52 +197,60 @@ struct Sums {
   }
 };
 
-// Finishes the gradients of some pixels, from `g` to `out` (the same, another, or null: nothing is written); `pixel` is where z
-// and y are. Channels [first, first + channels), which are those of `g` and `out` from 0 on.
-template <Mask kMask, bool kSums>
+// V vectors at channel `c` of z, `offset` of g and out.
+template <Mask kMask, bool kSums, int V>
 FASTBLOCKS_INLINE void finish_vectors(const Finish& f, const float* g, int64_t g_stride, float* out, int64_t out_stride,
-                                      int64_t pixel, int64_t pixels, int64_t c, int64_t offset, int lanes, Sums& sums) {
-  const Vec mean = f.norm.mean ? load(f.norm.mean + c) : Vec{};
-  const Vec scale = kMask == Mask::kNorm ? load(f.norm.scale + c) : Vec{};
-  const Vec shift = kMask == Mask::kNorm ? load(f.norm.shift + c) : Vec{};
-  const float* z = (kSums || kMask == Mask::kNorm) ? f.z + pixel * f.z_stride + c : nullptr;
+                                      int64_t pixel, int64_t pixels, int64_t c, int lanes, Sums& sums) {
+  const bool centre = kSums || kMask == Mask::kNorm;
+  const float* z = centre ? f.z + pixel * f.z_stride + c : nullptr;
   const float* y = kMask == Mask::kOutput ? f.y + pixel * f.z_stride + c : nullptr;
-  Vec sum{}, sum_z{};
+  const float *mean = centre ? f.norm.mean + c : nullptr, *scale = f.norm.scale + c, *shift = f.norm.shift + c;
+  const int64_t z_stride = f.z_stride;
+  const Clamp clamp = f.clamp;
+  Vec sum[V] = {}, sum_z[V] = {};
   for (int64_t m = 0; m < pixels; ++m) {
-    Vec v = load_some(g + m * g_stride + offset, lanes);
-    if (kSums || kMask == Mask::kNorm) {
-      const Vec centred = load_some(z + m * f.z_stride, lanes) - mean;
-      if (kMask == Mask::kNorm) v = masked(v, centred * scale + shift, f.clamp);
-      if (kMask == Mask::kOutput) v = masked(v, load_some(y + m * f.z_stride, lanes), f.clamp);
-      sum += v;
-      sum_z += v * centred;
-    } else if (kMask == Mask::kOutput) {
-      v = masked(v, load_some(y + m * f.z_stride, lanes), f.clamp);
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+      const int64_t at = i * kLanes;
+      Vec v = load_some(g + at, lanes), centred{};
+      if (centre) centred = load_some(z + at, lanes) - load(mean + at);
+      if (kMask == Mask::kNorm) v = masked(v, centred * load(scale + at) + load(shift + at), clamp);
+      if (kMask == Mask::kOutput) v = masked(v, load_some(y + at, lanes), clamp);
+      if (kSums) {
+        sum[i] += v;
+        sum_z[i] += v * centred;
+      }
+      if (out) store_some(out + at, lanes, v);
     }
-    if (out) store_some(out + m * out_stride + offset, lanes, v);
+    g += g_stride;
+    if (centre) z += z_stride;
+    if (kMask == Mask::kOutput) y += z_stride;
+    if (out) out += out_stride;
   }
-  if (kSums) {
-    add_lanes(sums.g + c, sum, lanes);
-    add_lanes(sums.gz + c, sum_z, lanes);
+  for (int i = 0; kSums && i < V; ++i) {
+    add_lanes(sums.g + c + i * kLanes, sum[i], lanes);
+    add_lanes(sums.gz + c + i * kLanes, sum_z[i], lanes);
   }
 }
 
+template <Mask kMask, bool kSums>
+inline void finish_channels(const Finish& f, const float* g, int64_t g_stride, float* out, int64_t out_stride, int64_t pixel,
+                            int64_t pixels, int64_t first, int64_t channels, Sums& sums) {
+  for_vectors(channels, [&](int64_t c, auto vectors, auto lanes) __attribute__((always_inline)) {
+    finish_vectors<kMask, kSums, decltype(vectors)::value>(f, g + c, g_stride, out ? out + c : nullptr, out_stride, pixel,
+                                                           pixels, first + c, lanes, sums);
+  });
+}
+
+// Finishes the gradients of some pixels, from `g` to `out` (the same, another, or null: nothing is written); `pixel` is where z
+// and y are. Channels [first, first + channels), which are those of `g` and `out` from 0 on.
 inline void finish(const Finish& f, const float* g, int64_t g_stride, float* out, int64_t out_stride, int64_t pixel,
                    int64_t pixels, int64_t first, int64_t channels, Sums& sums) {
-  if (f.mask == Mask::kNone && !f.partials && g == out) return;
-  for_channels(channels, [&](int64_t offset, auto lanes) __attribute__((always_inline)) {
-    const int64_t c = first + offset;
-    if (f.mask == Mask::kNorm)
-      finish_vectors<Mask::kNorm, true>(f, g, g_stride, out, out_stride, pixel, pixels, c, offset, lanes, sums);
-    else if (f.mask == Mask::kOutput && f.partials)
-      finish_vectors<Mask::kOutput, true>(f, g, g_stride, out, out_stride, pixel, pixels, c, offset, lanes, sums);
-    else if (f.mask == Mask::kOutput)
-      finish_vectors<Mask::kOutput, false>(f, g, g_stride, out, out_stride, pixel, pixels, c, offset, lanes, sums);
-    else if (f.partials)
-      finish_vectors<Mask::kNone, true>(f, g, g_stride, out, out_stride, pixel, pixels, c, offset, lanes, sums);
-    else
-      finish_vectors<Mask::kNone, false>(f, g, g_stride, out, out_stride, pixel, pixels, c, offset, lanes, sums);
-  });
+  const auto run = [&](auto function) { function(f, g, g_stride, out, out_stride, pixel, pixels, first, channels, sums); };
+  if (f.mask == Mask::kNorm) return run(finish_channels<Mask::kNorm, true>);
+  if (f.mask == Mask::kOutput) return f.partials ? run(finish_channels<Mask::kOutput, true>) : run(finish_channels<Mask::kOutput, false>);
+  if (f.partials) return run(finish_channels<Mask::kNone, true>);
+  if (g != out) run(finish_channels<Mask::kNone, false>);
 }
 
 // Cuts `pixels` into items of about `wanted` pixels, at most `most` items.

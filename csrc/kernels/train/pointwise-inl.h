@@ -85,9 +85,9 @@ inline void pointwise_grad_prepare(void* params, TrainWork* work) {
   p.dy_stride = panel_row(p.out_channels);
   p.x_stride = panel_row(p.in_channels);
   p.weight_stride = padded(p.in_channels / p.groups);
-  // An item has a gradient of the weight of its own: few items where that is large.
+  // An item has a gradient of the weight of its own: few items where that is large, and a number that threads share evenly.
   const int64_t weight_floats = p.out_channels * p.weight_stride;
-  const int64_t most = smaller(128, larger(4, (2 << 20) / weight_floats));
+  const int64_t most = smaller(128, larger(4, (4 << 20) / weight_floats / 4 * 4));
   p.block = smaller(192, larger(48, kBlockFloats / (p.dy_stride + 2 * p.x_stride)));
   cut_pixels(p.pixels, p.block, most, &p.items, &p.item_pixels);
   p.block = divide_up(p.item_pixels, divide_up(p.item_pixels, p.block));
