@@ -50,6 +50,23 @@ typedef float VecInMemory __attribute__((vector_size(FASTBLOCKS_VECTOR_BYTES), a
 
 FASTBLOCKS_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecInMemory*>(p); }
 FASTBLOCKS_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecInMemory*>(p) = v; }
+// Past the caches, for what is not read again soon. `p` is aligned to a whole vector; other threads see it after fence().
+FASTBLOCKS_INLINE void stream(float* p, Vec v) {
+#if FASTBLOCKS_VECTOR_NATIVE == 512
+  _mm512_stream_ps(p, (__m512)v);
+#elif FASTBLOCKS_VECTOR_NATIVE == 256
+  _mm256_stream_ps(p, (__m256)v);
+#elif FASTBLOCKS_VECTOR_NATIVE == 128
+  _mm_stream_ps(p, (__m128)v);
+#else
+  store(p, v);
+#endif
+}
+FASTBLOCKS_INLINE void fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 FASTBLOCKS_INLINE Vec broadcast(float x) { return x - Vec{}; }
 
 // max(bound, x) and min(bound, x) that give x where x is NaN, as torch's clamp does: the x86 instructions return their second

@@ -94,18 +94,6 @@ struct Ahead {
   int64_t floats;     // a tile
 };
 
-// Memory that is needed soon, and its part `index` of `count` equal ones.
-struct Range {
-  const float* data;  // null: none
-  int64_t floats;
-
-  Range part(int64_t index, int64_t count) const {
-    if (!data) return {nullptr, 0};
-    const int64_t share = divide_up(floats, count);
-    return {data + index * share, share};
-  }
-};
-
 FASTBLOCKS_INLINE void fetch(Ahead& ahead) {
   if (!ahead.next) return;
   for (int64_t i = 0; i < ahead.floats; i += 16) __builtin_prefetch(ahead.next + i);

@@ -63,5 +63,17 @@ struct Destination {
   const int64_t* offsets;  // null: in a straight line
 };
 
+// Memory that is needed soon, and its part `index` of `count` equal ones.
+struct Range {
+  const float* data;  // null: none
+  int64_t floats;
+
+  Range part(int64_t index, int64_t count) const {
+    if (!data) return {nullptr, 0};
+    const int64_t share = divide_up(floats, count);
+    return {data + index * share, share};
+  }
+};
+
 }  // namespace FASTBLOCKS_LEVEL
 }  // namespace fastblocks

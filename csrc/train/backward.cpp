@@ -197,7 +197,10 @@ class Backward {
     const Grad before = grads_[value];
     const Grad to = target(value, last, slice);
     Finish finish{};
-    if (last && !slice) finish = finish_of(value);
+    if (last && !slice) {
+      finish = finish_of(value);
+      finish.stream = node.is_conv() && to.stride == b_.shapes[value].c && streams(b_.shapes[value]);
+    }
     const auto [items, at] = fill(to, slice ? Grad{} : before, finish);
     if (last && !slice) want_sums(value, items, at);
     grads_[value] = to;
@@ -349,11 +352,12 @@ class Backward {
   }
 
   // The merge of a weight's gradient, in a stage of its own choosing: with the next small pass.
-  void merge_later(const Node& node, int64_t items, int64_t rows, int64_t columns, int64_t stride, Memory memory,
+  void merge_later(int64_t items, int64_t rows, int64_t columns, int64_t stride, Memory memory,
                    std::vector<int64_t> row_offsets, std::vector<int64_t> column_offsets, float* out) {
-    (void)node;
+    bool dense = true;
+    for (int64_t c = 0; c < columns; ++c) dense = dense && column_offsets[c] == c;
     MergeWeights p{items, rows, columns, stride, floats(memory), plan_.keep(std::move(row_offsets)),
-                   plan_.keep(std::move(column_offsets)), out};
+                   plan_.keep(std::move(column_offsets)), dense, out};
     merges_.push_back({p, std::move(memory)});
   }
 
@@ -420,7 +424,7 @@ class Backward {
     std::vector<int64_t> rows(out.c), columns(like.size[1]);
     for (int64_t i = 0; i < out.c; ++i) rows[i] = i * like.stride[0];
     for (int64_t i = 0; i < like.size[1]; ++i) columns[i] = i * like.stride[1];
-    merge_later(node, job->items, out.c, like.size[1], job->weight_stride, std::move(memory), std::move(rows),
+    merge_later(job->items, out.c, like.size[1], job->weight_stride, std::move(memory), std::move(rows),
                 std::move(columns), dw);
   }
 
@@ -449,7 +453,7 @@ class Backward {
     for (int64_t i = 0; i < taps; ++i)
       rows[i] = i / node.kernel[1] * like.stride[2] + i % node.kernel[1] * like.stride[3];
     for (int64_t i = 0; i < channels; ++i) columns[i] = i * like.stride[0];
-    merge_later(node, job->items, taps, channels, round16(channels), std::move(memory), std::move(rows), std::move(columns), dw);
+    merge_later(job->items, taps, channels, round16(channels), std::move(memory), std::move(rows), std::move(columns), dw);
   }
 
   void add_dense(const Node& node, int64_t value, const Gradient& dy, float* dw, const TensorView& like, bool dx) {
@@ -471,7 +475,7 @@ class Backward {
     for (int64_t i = 0; i < like.size[0]; ++i) rows[i] = i * like.stride[0];
     std::vector<int64_t> columns = depth_offsets(like);
     const int64_t depth = (int64_t)columns.size();
-    merge_later(node, job->items, like.size[0], depth, job->weight_stride, std::move(memory), std::move(rows),
+    merge_later(job->items, like.size[0], depth, job->weight_stride, std::move(memory), std::move(rows),
                 std::move(columns), dw);
   }
 

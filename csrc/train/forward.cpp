@@ -46,12 +46,14 @@ class Forward {
         p.in_channels = node.channels < 0 ? in.c : node.channels;
         p.x = b_.source(node.input, node.first);
         p.weight = weights_[value - 1], p.zeros = zeros_, p.z = b_.values[value];
+        p.stream = !node.frozen && streams(out);
         TrainPointwise* job = plan_.add(t.pointwise, p);
         return normalise(node, value, job->items, &job->partials);
       }
       case Kind::kDepthwise: {
         TrainDepthwise p = b_.depthwise(node, value);
         p.weight = weights_[value - 1], p.zeros = zeros_;
+        p.stream = !node.frozen && streams(out);
         TrainDepthwise* job = plan_.add(t.depthwise, p);
         return normalise(node, value, job->items, &job->partials);
       }

@@ -1,7 +1,12 @@
 #include "packing.h"
 
+#include <cstdlib>
+
 namespace fastblocks {
 namespace train {
+
+// Half of the last-level cache of a few cores. (What the system reports may be the sum over many.)
+constexpr int64_t kStreamBytes = int64_t(16) << 20;
 
 std::vector<int64_t> depth_offsets(const TensorView& weight) {
   std::vector<int64_t> offsets;
@@ -10,6 +15,11 @@ std::vector<int64_t> depth_offsets(const TensorView& weight) {
       for (int64_t x = 0; x < weight.size[3]; ++x)
         offsets.push_back(c * weight.stride[1] + y * weight.stride[2] + x * weight.stride[3]);
   return offsets;
+}
+
+bool streams(const Shape& shape) {
+  if (getenv("FB_NS")) return false;
+  return shape.c % kPadding == 0 && shape.floats() * (int64_t)sizeof(float) > kStreamBytes;
 }
 
 namespace {

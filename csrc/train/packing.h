@@ -26,6 +26,8 @@ const float* pack_backward(Plan& plan, const Bound& b, const Node& node, const T
 std::vector<int64_t> depth_offsets(const TensorView& weight);
 
 TrainPool pool_of(const Bound& b, const Node& node, int64_t value);
+// Whether a dense value of this size is written past the caches: where it is too large for them, and in whole cache lines.
+bool streams(const Shape& shape);
 int64_t zeros_needed(const Bound& b);
 
 // Runs it without the GIL.

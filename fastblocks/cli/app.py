@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -78,3 +79,61 @@ def info(as_json: bool) -> None:
     from fastblocks.cli.report import print_info, print_json
 
     (print_json if as_json else print_info)(collect())
+
+
+@cli.command()
+@click.option("--model", default="mobilenet_v2", show_default=True, metavar="NAME", help="Which network.")
+@click.option(
+    "--data",
+    default="digits",
+    show_default=True,
+    metavar="digits|DIR",
+    help="scikit-learn's digits, or a folder with train/CLASS/PICTURE and val/CLASS/PICTURE.",
+)
+@click.option("--epochs", type=click.IntRange(1, 100_000), default=20, show_default=True, metavar="N")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(2, 65_536),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Images a step, in each process.",
+)
+@click.option(
+    "--lr",
+    type=click.FloatRange(0, min_open=True),
+    default=0.1,
+    show_default=True,
+    metavar="X",
+    help="The highest learning rate: it rises for a twentieth of the steps, then falls by half a cosine.",
+)
+@click.option("--momentum", type=click.FloatRange(0, 1, max_open=True), default=0.9, show_default=True, metavar="X")
+@click.option("--weight-decay", type=click.FloatRange(0), default=1e-4, show_default=True, metavar="X")
+@click.option(
+    "--resolution",
+    type=click.IntRange(8, 2048),
+    metavar="N",
+    help="Pixels of a side.  [default: 64 for digits, 224 for a folder]",
+)
+@click.option("--width-mult", type=float, metavar="X", help="Of networks that take it: multiplies the channels.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, metavar="N")
+@click.option("--threads", type=click.IntRange(1, os.cpu_count()), metavar="N", help="CPU threads.  [default: torch's]")
+@click.option(
+    "--out",
+    type=click.Path(),
+    metavar="DIR",
+    help="Checkpoint, history and curves.  [default: runs/NAME of the network]",
+)
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from a checkpoint in DIR.")
+@click.option("--stock", is_flag=True, help="Train the plain torch network instead, to compare.")
+def train(out: str | None, resume: bool, threads: int | None, **settings: Any) -> None:
+    """Train a network on scikit-learn's digits or on a folder of pictures.
+
+    After each epoch DIR has checkpoint.pt, history.json and curves.png. The same command goes on where it was stopped,
+    by whatever means, with the same losses as if it had not been. More --epochs go on further. Several processes:
+    torchrun --nproc-per-node 2 -m fastblocks train.
+    """
+    from fastblocks.cli.train import Settings
+    from fastblocks.cli.train import train as run_train
+
+    run_train(Settings(**settings), out, resume=resume, threads=threads)

@@ -59,7 +59,7 @@ def _has_stride(units: tuple[Unit, ...]) -> bool:
 def _trained(children: Iterable[Any], x: Any) -> Any:
     """The layers in training, or with gradients: chains where they may be, a layer by itself where not.
 
-    None where nothing trains. A chain ends in front of a layer with a stride.
+    None where nothing trains. A chain ends behind a layer with a stride, where tensors are smallest.
     """
     layers = _flat(children)
     known = [layer for layer in layers if isinstance(layer, Fused)]
@@ -69,19 +69,21 @@ def _trained(children: Iterable[Any], x: Any) -> Any:
     run: list[Any] = []
     for layer in layers:
         units = layer_reason(layer, x) if _runs_its_op_alone(layer) else ""
-        fits = not isinstance(units, str)
-        if run and not (fits and not _has_stride(units)):  # type: ignore[arg-type]
+        if isinstance(units, str):
+            x = layer(_run(run, x))
+            run = []
+            continue
+        run.append(layer)
+        if len(run) > 1 and _has_stride(units):
             x = _run(run, x)
             run = []
-        if fits:
-            run.append(layer)
-        else:
-            x = layer(x)
-    return _run(run, x) if run else x
+    return _run(run, x)
 
 
 def _run(layers: list[Any], x: Any) -> Any:
     """Layers as one chain, or else one by one."""
+    if not layers:
+        return x
     result = train.run(layers, x)
     if isinstance(result, Tensor):
         return result

@@ -2,8 +2,8 @@
 
 Layers describe themselves to a `Builder`, one after the other; what comes out is one program for all of them. Inside it
 no activated tensor is stored, so the longer a chain, the less memory. But DistributedDataParallel sends gradients as
-they become ready, chain by chain: so a chain ends in front of each layer with a stride, where the tensor that must be
-stored between two chains is small.
+they become ready, chain by chain: so a chain ends behind a layer with a stride, where the tensor that must be stored between
+two chains is small.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ namespace FASTBLOCKS_LEVEL {
 
 // Compiled with the inference kernels.
 void product(const Pixels& a, int64_t pixels, int64_t channels, const float* weight, const float* zeros, const float* residual,
-             int64_t residual_stride, float* out, int64_t out_stride);
+             int64_t residual_stride, float* out, int64_t out_stride, const Range& soon);
 DepthwiseRowFunction depthwise_row_for(int64_t kernel, int64_t stride, int64_t dilation);
 
 FASTBLOCKS_INLINE int64_t padded(int64_t channels) { return round_up(channels, kPadding); }
@@ -122,7 +122,7 @@ FASTBLOCKS_INLINE void add_lanes(double* to, Vec v, int lanes) {
 // V vectors of channels at once: the sums of one alone would wait for each other.
 template <int V>
 FASTBLOCKS_INLINE void add_moments_of(Moments& m, const float* z, int64_t pixels, int64_t stride, int64_t c, int lanes,
-                                      bool begins) {
+                                      bool begins, float* copy, int64_t copy_stride) {
   if (begins) {
     const int64_t n = smaller(pixels, kFirstPixels);
     for (int v = 0; v < V; ++v) {
@@ -138,9 +138,10 @@ FASTBLOCKS_INLINE void add_moments_of(Moments& m, const float* z, int64_t pixels
   for (int64_t i = 0; i < pixels; ++i, z += stride)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const Vec d = load_some(z + v * kLanes, lanes) - centre[v];
+      const Vec value = load_some(z + v * kLanes, lanes), d = value - centre[v];
       sum[v] += d;
       squares[v] += d * d;
+      if (copy) stream(copy + i * copy_stride + v * kLanes, value);
     }
   for (int v = 0; v < V; ++v) {
     add_lanes(m.sum + c + v * kLanes, sum[v], lanes);
@@ -148,20 +149,29 @@ FASTBLOCKS_INLINE void add_moments_of(Moments& m, const float* z, int64_t pixels
   }
 }
 
-// Calls f(channel, vectors, lanes) with four vectors at a time, then one, then a part of one.
+// Calls f(channel, vectors, lanes) with four vectors at a time, then two, one and a part of one.
 template <class F>
 FASTBLOCKS_INLINE void for_vectors(int64_t channels, F f) {
   int64_t c = 0;
   for (; c + 4 * kLanes <= channels; c += 4 * kLanes) f(c, Number<4>(), Number<kLanes>());
+  if (c + 2 * kLanes <= channels) f(c, Number<2>(), Number<kLanes>()), c += 2 * kLanes;
   for (; c + kLanes <= channels; c += kLanes) f(c, Number<1>(), Number<kLanes>());
   if (c < channels) f(c, Number<1>(), (int)(channels - c));
 }
 
-// Channels [first, first + channels) of some pixels; `begins`: they are the first of the item.
+// Channels [first, first + channels) of some pixels, whose first is `z`; `begins`: they are the first of the item.
 inline void add_moments(Moments& m, const float* z, int64_t pixels, int64_t stride, int64_t first, int64_t channels,
                         bool begins) {
   for_vectors(channels, [&](int64_t c, auto vectors, auto lanes) __attribute__((always_inline)) {
-    add_moments_of<decltype(vectors)::value>(m, z + first + c, pixels, stride, first + c, lanes, begins);
+    add_moments_of<decltype(vectors)::value>(m, z + c, pixels, stride, first + c, lanes, begins, nullptr, 0);
+  });
+}
+
+// The same, streaming the pixels to `copy` on the way: whole vectors, aligned.
+inline void stream_moments(Moments& m, const float* z, int64_t pixels, int64_t stride, int64_t first, int64_t channels,
+                           bool begins, float* copy, int64_t copy_stride) {
+  for_vectors(channels, [&](int64_t c, auto vectors, auto lanes) __attribute__((always_inline)) {
+    add_moments_of<decltype(vectors)::value>(m, z + c, pixels, stride, first + c, lanes, begins, copy + c, copy_stride);
   });
 }
 
@@ -198,7 +208,7 @@ struct Sums {
 };
 
 // V vectors at channel `c` of z, `offset` of g and out.
-template <Mask kMask, bool kSums, int V>
+template <Mask kMask, bool kSums, bool kStream, int V>
 FASTBLOCKS_INLINE void finish_vectors(const Finish& f, const float* g, int64_t g_stride, float* out, int64_t out_stride,
                                       int64_t pixel, int64_t pixels, int64_t c, int lanes, Sums& sums) {
   const bool centre = kSums || kMask == Mask::kNorm;
@@ -220,7 +230,10 @@ FASTBLOCKS_INLINE void finish_vectors(const Finish& f, const float* g, int64_t g
         sum[i] += v;
         sum_z[i] += v * centred;
       }
-      if (out) store_some(out + at, lanes, v);
+      if (kStream)
+        stream(out + at, v);
+      else if (out)
+        store_some(out + at, lanes, v);
     }
     g += g_stride;
     if (centre) z += z_stride;
@@ -233,24 +246,33 @@ FASTBLOCKS_INLINE void finish_vectors(const Finish& f, const float* g, int64_t g
   }
 }
 
-template <Mask kMask, bool kSums>
+template <Mask kMask, bool kSums, bool kStream>
 inline void finish_channels(const Finish& f, const float* g, int64_t g_stride, float* out, int64_t out_stride, int64_t pixel,
                             int64_t pixels, int64_t first, int64_t channels, Sums& sums) {
   for_vectors(channels, [&](int64_t c, auto vectors, auto lanes) __attribute__((always_inline)) {
-    finish_vectors<kMask, kSums, decltype(vectors)::value>(f, g + c, g_stride, out ? out + c : nullptr, out_stride, pixel,
+    finish_vectors<kMask, kSums, kStream, decltype(vectors)::value>(f, g + c, g_stride, out ? out + c : nullptr, out_stride, pixel,
                                                            pixels, first + c, lanes, sums);
   });
 }
 
 // Finishes the gradients of some pixels, from `g` to `out` (the same, another, or null: nothing is written); `pixel` is where z
-// and y are. Channels [first, first + channels), which are those of `g` and `out` from 0 on.
+// and y are. Channels [first, first + channels), which are those of `g` and `out` from 0 on. With finish.stream, `out` is
+// written past the caches.
 inline void finish(const Finish& f, const float* g, int64_t g_stride, float* out, int64_t out_stride, int64_t pixel,
                    int64_t pixels, int64_t first, int64_t channels, Sums& sums) {
   const auto run = [&](auto function) { function(f, g, g_stride, out, out_stride, pixel, pixels, first, channels, sums); };
-  if (f.mask == Mask::kNorm) return run(finish_channels<Mask::kNorm, true>);
-  if (f.mask == Mask::kOutput) return f.partials ? run(finish_channels<Mask::kOutput, true>) : run(finish_channels<Mask::kOutput, false>);
-  if (f.partials) return run(finish_channels<Mask::kNone, true>);
-  if (g != out) run(finish_channels<Mask::kNone, false>);
+  const auto either = [&](auto mask, auto summed) {
+    constexpr Mask kMask = (Mask)decltype(mask)::value;
+    constexpr bool kSums = decltype(summed)::value;
+    if (f.stream)
+      run(finish_channels<kMask, kSums, true>);
+    else
+      run(finish_channels<kMask, kSums, false>);
+  };
+  if (f.mask == Mask::kNorm) return either(Number<(int)Mask::kNorm>(), Number<1>());
+  if (f.mask == Mask::kOutput) return f.partials ? either(Number<(int)Mask::kOutput>(), Number<1>()) : either(Number<(int)Mask::kOutput>(), Number<0>());
+  if (f.partials) return either(Number<(int)Mask::kNone>(), Number<1>());
+  if (g != out) either(Number<(int)Mask::kNone>(), Number<0>());
 }
 
 // Cuts `pixels` into items of about `wanted` pixels, at most `most` items.

@@ -11,6 +11,7 @@ namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
 
 constexpr int64_t kRingFloats = 64 * 1024;
+constexpr int64_t kSumPixels = 56;
 
 // Input row `y`, channels [first, first + channels), to the ring.
 inline void read_row(const TrainDepthwise& p, int64_t image, int64_t y, int64_t first, int64_t channels, float* ring,
@@ -36,6 +37,7 @@ inline void train_depthwise_run(const void* params, int64_t begin, int64_t end, 
   float* ring = scratch.take<float>(p.ring_rows * p.width * stride + kPadding);
   float* pixel = scratch.take<float>(2 * all);
   const float** rows = scratch.take<const float*>(p.kernel[0]);
+  float* block = scratch.take<float>(p.stream ? (kSumPixels + p.out_width) * stride + kPadding : 0);
   Moments moments(p.channels, scratch);
   const bool square = p.kernel[0] == p.kernel[1];
   const DepthwiseRowFunction row_function = depthwise_row_for(square ? p.kernel[1] : 0, p.stride[1], p.dilation[1]);
@@ -55,22 +57,27 @@ inline void train_depthwise_run(const void* params, int64_t begin, int64_t end, 
           rows[ky] = ring + (origin + ky * p.dilation[0]) % p.ring_rows * p.width * stride;
         r.rows = rows;
         r.width = p.width, r.pixel_stride = stride;
-        r.out_width = p.out_width, r.out_stride = p.channels;
+        r.out_width = p.out_width, r.out_stride = p.stream ? stride : p.channels;
         r.kernel_width = p.kernel[1], r.stride = p.stride[1], r.padding = p.padding[1], r.dilation = p.dilation[1];
         r.weight = p.weight + c, r.weight_stride = all;
         r.shift = p.zeros;
         r.clamp = {-__builtin_inff(), __builtin_inff()};
-        r.out = p.z + (image * p.out_height + oy) * p.out_width * p.channels + c;
+        float* z = p.z + (image * p.out_height + summed) * p.out_width * p.channels + c;
+        float* sum_rows = p.stream ? block : z;
+        r.out = sum_rows + (oy - summed) * p.out_width * r.out_stride;
         r.channels = channels, r.pad_channels = false;
         row_function(r);
         // Rows are summed some at a time: a short one would not repay the sums' additions.
-        if (p.partials && ((oy + 1 - summed) * p.out_width >= 56 || oy + 1 == to)) {
-          add_moments(moments, p.z + (image * p.out_height + summed) * p.out_width * p.channels,
-                      (oy + 1 - summed) * p.out_width, p.channels, c, channels, summed == from);
-          summed = oy + 1;
-        }
+        const int64_t pixels = (oy + 1 - summed) * p.out_width;
+        if (pixels < kSumPixels && oy + 1 < to) continue;
+        if (p.stream)
+          stream_moments(moments, block, pixels, stride, c, channels, summed == from, z, p.channels);
+        else if (p.partials)
+          add_moments(moments, z, pixels, p.channels, c, channels, summed == from);
+        summed = oy + 1;
       }
     }
+    if (p.stream) fence();
     if (p.partials) store_moments(moments, (to - from) * p.out_width, p.partials + item * (1 + 2 * all));
   }
 }
@@ -91,7 +98,9 @@ inline void train_depthwise_prepare(void* params, TrainWork* work) {
   p.ring_rows = (p.kernel[0] - 1) * p.dilation[0] + 1;
   cut_depthwise(p, p.out_height, p.ring_rows * p.width);
   *work = {p.items, room<float>(p.ring_rows * p.width * chunk_stride(p) + kPadding) + room<float>(2 * padded(p.channels)) +
-                        room<float*>(p.kernel[0]) + Moments::bytes(p.channels)};
+                        room<float*>(p.kernel[0]) +
+                        room<float>(p.stream ? (kSumPixels + p.out_width) * chunk_stride(p) + kPadding : 0) +
+                        Moments::bytes(p.channels)};
 }
 
 // ---------------------------------------------------------------------------------------------------- backward
@@ -104,18 +113,27 @@ struct TapSums {
   const float* dy;
   float* sums;  // [ky][kx][sums_stride]
   int64_t sums_stride, channels;
+  // Memory that is needed soon: each step of the sums fetches some.
+  const float* ahead[4];
+  int64_t ahead_step[4];
 };
 
 // All taps of K kernel rows in registers: 3x3 has nine independent sums, more than an FMA's latency needs.
 template <int K>
-FASTBLOCKS_INLINE void tap_sums_interior(const TapSums& t, int64_t begin, int64_t end, int64_t c) {
+FASTBLOCKS_INLINE void tap_sums_interior(TapSums& t, int64_t begin, int64_t end, int64_t c) {
   Vec sum[K][K] = {};
   const float* dy = t.dy + begin * t.dy_stride + c;
   const float* x[K];
 #pragma GCC unroll 8
   for (int ky = 0; ky < K; ++ky) x[ky] = t.rows[ky] + (begin * t.stride - t.padding) * t.x_stride + c;
   const int64_t step = t.stride * t.x_stride;
+  const float* ahead[4] = {t.ahead[0], t.ahead[1], t.ahead[2], t.ahead[3]};
   for (int64_t ox = begin; ox < end; ++ox, dy += t.dy_stride) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      __builtin_prefetch(ahead[i]);
+      ahead[i] += t.ahead_step[i];
+    }
     const Vec d = load(dy);
 #pragma GCC unroll 8
     for (int ky = 0; ky < K; ++ky) {
@@ -124,6 +142,8 @@ FASTBLOCKS_INLINE void tap_sums_interior(const TapSums& t, int64_t begin, int64_
       x[ky] += step;
     }
   }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) t.ahead[i] = ahead[i];
 #pragma GCC unroll 8
   for (int ky = 0; ky < K; ++ky)
 #pragma GCC unroll 8
@@ -153,7 +173,7 @@ inline void tap_sums_any(const TapSums& t, int64_t begin, int64_t end) {
     }
 }
 
-inline void tap_sums(const TapSums& t, int64_t kernel_height) {
+inline void tap_sums(TapSums& t, int64_t kernel_height) {
   const bool three = kernel_height == 3 && t.kernel_width == 3 && t.dilation == 1 && t.row_begin == 0 && t.row_end == 3;
   if (!three) {
     tap_sums_any(t, 0, t.out_width);
@@ -258,6 +278,22 @@ FASTBLOCKS_INLINE GradBand grad_band(const DepthwiseGrad& p, int64_t band) {
           (band + 1) * q.out_height / q.bands};
 }
 
+// What the next row will read: dy's two sources, and the input's next rows. There are out_width * channels / kLanes steps.
+FASTBLOCKS_INLINE void fetch_ahead(const DepthwiseGrad& p, int64_t image, int64_t oy, int64_t next, TapSums& t) {
+  const TrainDepthwise& q = p.conv;
+  for (int i = 0; i < 4; ++i) t.ahead[i] = t.dy, t.ahead_step[i] = 0;
+  if (q.chunk < q.channels) return;
+  if (oy + 1 < q.out_height) {
+    const int64_t pixel = (image * q.out_height + oy + 1) * q.out_width;
+    t.ahead[0] = p.dy.g + pixel * p.dy.stride, t.ahead_step[0] = kLanes;
+    t.ahead[1] = p.dy.z + pixel * q.channels, t.ahead_step[1] = kLanes;
+  }
+  for (int64_t i = 0; i < smaller(2, q.stride[0]) && next + i < q.height; ++i) {
+    t.ahead[2 + i] = q.x.data + (image * q.height + next + i) * q.width * q.x.stride;
+    t.ahead_step[2 + i] = kLanes * q.stride[1];
+  }
+}
+
 inline void depthwise_grad_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
   const DepthwiseGrad& p = *static_cast<const DepthwiseGrad*>(params);
   const TrainDepthwise& q = p.conv;
@@ -303,6 +339,7 @@ inline void depthwise_grad_run(const void* params, int64_t begin, int64_t end, c
           t.width = q.width, t.x_stride = stride, t.out_width = q.out_width, t.dy_stride = stride;
           t.kernel_width = q.kernel[1], t.stride = q.stride[1], t.padding = q.padding[1], t.dilation = q.dilation[1];
           t.dy = dy, t.sums = s.sums + c, t.sums_stride = all, t.channels = channels;
+          fetch_ahead(p, image, oy, next, t);
           tap_sums(t, q.kernel[0]);
         }
         if (!p.weight) continue;
@@ -313,6 +350,7 @@ inline void depthwise_grad_run(const void* params, int64_t begin, int64_t end, c
       // No dy row reaches these: their gradient is zero.
       for (; p.weight && y < band.end; ++y) depthwise_grad_row(p, s, image, y, c, channels, row_function, sums);
     }
+    if (p.finish.stream) fence();
     if (p.finish.partials) sums.write(q.channels, p.finish.partials + item * 2 * all);
     if (p.weight_partials)
       __builtin_memcpy(p.weight_partials + item * taps * all, s.sums, taps * all * sizeof(float));

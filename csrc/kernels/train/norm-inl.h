@@ -110,7 +110,10 @@ inline void merge_weights_run(const void* params, int64_t begin, int64_t end, ch
         store(sums + c, sum);
       }
       float* out = p.out + p.row_offsets[r];
-      for (int64_t c = 0; c < p.columns; ++c) out[p.column_offsets[c]] = sums[c];
+      if (p.dense)
+        __builtin_memcpy(out, sums, p.columns * sizeof(float));
+      else
+        for (int64_t c = 0; c < p.columns; ++c) out[p.column_offsets[c]] = sums[c];
     }
 }
 

@@ -9,15 +9,26 @@ namespace FASTBLOCKS_LEVEL {
 
 constexpr int kOuterRows = kRegisters == 32 ? 12 : 6;
 
+// Two streams of memory that is needed soon: each pixel of a tile fetches some of both, so that reading them overlaps with
+// computing all the time.
+struct Streams {
+  const float* at[2];
+  int64_t step[2];  // floats a pixel
+};
+
 template <int R, int V>
 inline void outer_tile(const float* dy, int64_t dy_stride, const float* x, int64_t x_stride, int64_t pixels, float* out,
-                       int64_t out_stride, bool add) {
+                       int64_t out_stride, bool add, Streams& soon) {
+  const float *first = soon.at[0], *second = soon.at[1];
   Vec sum[R][V];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) sum[r][v] = Vec{};
   for (int64_t m = 0; m < pixels; ++m, dy += dy_stride, x += x_stride) {
+    __builtin_prefetch(first);
+    __builtin_prefetch(second);
+    first += soon.step[0], second += soon.step[1];
     Vec b[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) b[v] = load(x + v * kLanes);
@@ -28,6 +39,7 @@ inline void outer_tile(const float* dy, int64_t dy_stride, const float* x, int64
       for (int v = 0; v < V; ++v) sum[r][v] += a * b[v];
     }
   }
+  soon.at[0] = first, soon.at[1] = second;
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -37,7 +49,7 @@ inline void outer_tile(const float* dy, int64_t dy_stride, const float* x, int64
     }
 }
 
-typedef void (*OuterTile)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool);
+typedef void (*OuterTile)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool, Streams&);
 
 template <int V>
 FASTBLOCKS_INLINE OuterTile outer_tile_of(int64_t rows) {
@@ -60,10 +72,16 @@ FASTBLOCKS_INLINE OuterTile outer_tile_of(int64_t rows) {
   }
 }
 
-// Rows are split evenly over tiles; columns come in pairs of vectors. Writes whole vectors of columns.
+// Rows are split evenly over tiles; columns come in pairs of vectors. Writes whole vectors of columns. What is needed soon is
+// fetched on the way.
 inline void outer(const float* dy, int64_t dy_stride, int64_t rows, const float* x, int64_t x_stride, int64_t columns,
-                  int64_t pixels, float* out, int64_t out_stride, bool add) {
+                  int64_t pixels, float* out, int64_t out_stride, bool add, const Range& soon = {},
+                  const Range& soon_too = {}) {
   const int64_t tiles = divide_up(rows, kOuterRows), base = rows / tiles, extra = rows % tiles;
+  // Where there is nothing to fetch, the same line again and again costs nothing.
+  const int64_t steps = tiles * divide_up(columns, 2 * kLanes) * pixels;
+  Streams streams = {{soon.data ? soon.data : dy, soon_too.data ? soon_too.data : dy},
+                     {soon.data ? divide_up(soon.floats, steps) : 0, soon_too.data ? divide_up(soon_too.floats, steps) : 0}};
   for (int64_t c = 0; c < columns;) {
     const bool pair = c + kLanes < columns;
     const OuterTile large = pair ? outer_tile_of<2>(base + 1) : outer_tile_of<1>(base + 1);
@@ -71,7 +89,7 @@ inline void outer(const float* dy, int64_t dy_stride, int64_t rows, const float*
     int64_t r = 0;
     for (int64_t t = 0; t < tiles; ++t) {
       const bool more = t < extra;
-      (more ? large : small)(dy + r, dy_stride, x + c, x_stride, pixels, out + r * out_stride + c, out_stride, add);
+      (more ? large : small)(dy + r, dy_stride, x + c, x_stride, pixels, out + r * out_stride + c, out_stride, add, streams);
       r += base + more;
     }
     c += pair ? 2 * kLanes : kLanes;

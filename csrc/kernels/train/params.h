@@ -50,6 +50,7 @@ struct Finish {
   Clamp clamp;
   const float* y;
   double* partials;  // [item][2][padded]: sums of g and of g * (z - mean)
+  bool stream;       // what is written is too large for the caches
 };
 
 // One BatchNorm forward: statistics from the items' partials, constants for the readers, running statistics.
@@ -78,6 +79,7 @@ struct MergeWeights {
   int64_t items, rows, columns, stride;  // of the partials, [item][row][stride]
   const float* partials;
   const int64_t *row_offsets, *column_offsets;
+  bool dense;  // columns lie side by side in `out`
   float* out;
 };
 
@@ -103,6 +105,7 @@ struct TrainPointwise {
   const float* zeros;
   float* z;
   double* partials;  // null: no statistics
+  bool stream;       // z is too large for the caches
   // set by prepare
   int64_t items, item_pixels, block, panel_stride;
 };
@@ -132,6 +135,7 @@ struct TrainDepthwise {
   const float* zeros;
   float* z;
   double* partials;
+  bool stream;
   // set by prepare
   int64_t items, bands, chunk, ring_rows;
 };

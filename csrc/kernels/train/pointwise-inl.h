@@ -14,6 +14,7 @@ inline void train_pointwise_run(const void* params, int64_t begin, int64_t end, 
   const TrainPointwise& p = *static_cast<const TrainPointwise*>(params);
   Scratch scratch(memory);
   float* panel = scratch.take<float>(p.block * p.panel_stride + kPadding);
+  float* block = scratch.take<float>(p.stream ? p.block * p.out_channels + kPadding : 0);
   Moments moments(p.out_channels, scratch);
   const int64_t k = p.in_channels / p.groups, n = p.out_channels / p.groups;
   const int64_t packed = Panels(n).padded() * k;
@@ -27,12 +28,18 @@ inline void train_pointwise_run(const void* params, int64_t begin, int64_t end, 
         read_source(p.x, left, pixels, 0, p.in_channels, panel, p.panel_stride);
         left = panel, stride = p.panel_stride;
       }
-      float* z = p.z + m * p.out_channels;
+      float* z = p.stream ? block : p.z + m * p.out_channels;
+      const Range next = {m + p.block < p.pixels ? p.x.data + (m + p.block) * p.x.stride : nullptr, pixels * p.x.stride};
       for (int64_t g = 0; g < p.groups; ++g)
         product({left + g * k, k, stride, 1, nullptr}, pixels, n, p.weight + g * packed, p.zeros, nullptr, 0, z + g * n,
-                p.out_channels);
-      if (p.partials) add_moments(moments, z, pixels, p.out_channels, 0, p.out_channels, m == from);
+                p.out_channels, next.part(g, p.groups));
+      if (p.stream)
+        stream_moments(moments, z, pixels, p.out_channels, 0, p.out_channels, m == from, p.z + m * p.out_channels,
+                       p.out_channels);
+      else if (p.partials)
+        add_moments(moments, z, pixels, p.out_channels, 0, p.out_channels, m == from);
     }
+    if (p.stream) fence();
     if (p.partials) store_moments(moments, to - from, p.partials + item * (1 + 2 * padded(p.out_channels)));
   }
 }
@@ -43,7 +50,8 @@ inline void train_pointwise_prepare(void* params, TrainWork* work) {
   p.block = smaller(192, larger(48, kBlockFloats / (p.panel_stride + p.out_channels)));
   cut_pixels(p.pixels, p.block, 128, &p.items, &p.item_pixels);
   p.block = divide_up(p.item_pixels, divide_up(p.item_pixels, p.block));
-  *work = {p.items, room<float>(p.block * p.panel_stride + kPadding) + Moments::bytes(p.out_channels)};
+  *work = {p.items, room<float>(p.block * p.panel_stride + kPadding) +
+                        room<float>(p.stream ? p.block * p.out_channels + kPadding : 0) + Moments::bytes(p.out_channels)};
 }
 
 inline void pointwise_grad_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
@@ -51,6 +59,7 @@ inline void pointwise_grad_run(const void* params, int64_t begin, int64_t end, c
   Scratch scratch(memory);
   float* dy = scratch.take<float>(p.block * p.dy_stride + kPadding);
   float* x = scratch.take<float>(p.block * p.x_stride + kPadding);
+  float* block = scratch.take<float>(p.finish.stream ? p.block * p.in_channels + kPadding : 0);
   Sums sums(p.in_channels, scratch);
   const int64_t k = p.in_channels / p.groups, n = p.out_channels / p.groups;
   const int64_t packed = Panels(k).padded() * n;
@@ -58,24 +67,29 @@ inline void pointwise_grad_run(const void* params, int64_t begin, int64_t end, c
     const int64_t from = item * p.item_pixels, to = smaller(from + p.item_pixels, p.pixels);
     if (p.finish.partials) sums.clear(p.in_channels);
     for (int64_t m = from; m < to; m += p.block) {
-      const int64_t pixels = smaller(p.block, to - m);
+      const int64_t pixels = smaller(p.block, to - m), next = m + p.block;
+      const Range next_g = {next < p.pixels ? p.dy.g + next * p.dy.stride : nullptr, pixels * p.dy.stride};
+      const Range next_z = {next < p.pixels ? p.dy.z + next * p.out_channels : nullptr, pixels * p.out_channels};
+      const Range next_x = {next < p.pixels ? p.x.data + next * p.x.stride : nullptr, pixels * p.x.stride};
       read_gradient(p.dy, m, pixels, p.out_channels, 0, p.out_channels, dy, p.dy_stride);
       if (p.weight_partials) {
         read_source(p.x, p.x.data + m * p.x.stride, pixels, 0, p.in_channels, x, p.x_stride);
         float* out = p.weight_partials + item * p.out_channels * p.weight_stride;
         for (int64_t g = 0; g < p.groups; ++g)
           outer(dy + g * n, p.dy_stride, n, x + g * k, p.x_stride, k, pixels, out + g * n * p.weight_stride, p.weight_stride,
-                m > from);
+                m > from, next_g.part(g, p.groups), next_z.part(g, p.groups));
       }
       if (p.weight) {
-        float* dx = p.dx + m * p.dx_stride;
+        float* dx = p.finish.stream ? block : p.dx + m * p.dx_stride;
+        const int64_t stride = p.finish.stream ? p.in_channels : p.dx_stride;
         const float* addend = p.addend ? p.addend + m * p.addend_stride : nullptr;
         for (int64_t g = 0; g < p.groups; ++g)
           product({dy + g * n, n, p.dy_stride, 1, nullptr}, pixels, k, p.weight + g * packed, p.zeros,
-                  addend ? addend + g * k : nullptr, p.addend_stride, dx + g * k, p.dx_stride);
-        finish(p.finish, dx, p.dx_stride, dx, p.dx_stride, m, pixels, 0, p.in_channels, sums);
+                  addend ? addend + g * k : nullptr, p.addend_stride, dx + g * k, stride, next_x.part(g, p.groups));
+        finish(p.finish, dx, stride, p.dx + m * p.dx_stride, p.dx_stride, m, pixels, 0, p.in_channels, sums);
       }
     }
+    if (p.finish.stream) fence();
     if (p.finish.partials) sums.write(p.in_channels, p.finish.partials + item * 2 * padded(p.in_channels));
   }
 }
@@ -87,12 +101,12 @@ inline void pointwise_grad_prepare(void* params, TrainWork* work) {
   p.weight_stride = padded(p.in_channels / p.groups);
   // An item has a gradient of the weight of its own: few items where that is large, and a number that threads share evenly.
   const int64_t weight_floats = p.out_channels * p.weight_stride;
-  const int64_t most = smaller(128, larger(4, (4 << 20) / weight_floats / 4 * 4));
+  const int64_t most = smaller(128, larger(8, (1 << 20) / weight_floats / 4 * 4));
   p.block = smaller(192, larger(48, kBlockFloats / (p.dy_stride + 2 * p.x_stride)));
   cut_pixels(p.pixels, p.block, most, &p.items, &p.item_pixels);
   p.block = divide_up(p.item_pixels, divide_up(p.item_pixels, p.block));
   *work = {p.items, room<float>(p.block * p.dy_stride + kPadding) + room<float>(p.block * p.x_stride + kPadding) +
-                        Sums::bytes(p.in_channels)};
+                        room<float>(p.finish.stream ? p.block * p.in_channels + kPadding : 0) + Sums::bytes(p.in_channels)};
 }
 
 }  // namespace FASTBLOCKS_LEVEL

@@ -1,0 +1,1 @@
+"""What `fastblocks train` is made of: pictures, processes, the loop over steps, checkpoints, curves, progress."""
