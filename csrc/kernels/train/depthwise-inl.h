@@ -113,27 +113,18 @@ struct TapSums {
   const float* dy;
   float* sums;  // [ky][kx][sums_stride]
   int64_t sums_stride, channels;
-  // Memory that is needed soon: each step of the sums fetches some.
-  const float* ahead[4];
-  int64_t ahead_step[4];
 };
 
 // All taps of K kernel rows in registers: 3x3 has nine independent sums, more than an FMA's latency needs.
 template <int K>
-FASTBLOCKS_INLINE void tap_sums_interior(TapSums& t, int64_t begin, int64_t end, int64_t c) {
+FASTBLOCKS_INLINE void tap_sums_interior(const TapSums& t, int64_t begin, int64_t end, int64_t c) {
   Vec sum[K][K] = {};
   const float* dy = t.dy + begin * t.dy_stride + c;
   const float* x[K];
 #pragma GCC unroll 8
   for (int ky = 0; ky < K; ++ky) x[ky] = t.rows[ky] + (begin * t.stride - t.padding) * t.x_stride + c;
   const int64_t step = t.stride * t.x_stride;
-  const float* ahead[4] = {t.ahead[0], t.ahead[1], t.ahead[2], t.ahead[3]};
   for (int64_t ox = begin; ox < end; ++ox, dy += t.dy_stride) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      __builtin_prefetch(ahead[i]);
-      ahead[i] += t.ahead_step[i];
-    }
     const Vec d = load(dy);
 #pragma GCC unroll 8
     for (int ky = 0; ky < K; ++ky) {
@@ -142,8 +133,6 @@ FASTBLOCKS_INLINE void tap_sums_interior(TapSums& t, int64_t begin, int64_t end,
       x[ky] += step;
     }
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) t.ahead[i] = ahead[i];
 #pragma GCC unroll 8
   for (int ky = 0; ky < K; ++ky)
 #pragma GCC unroll 8
@@ -173,7 +162,7 @@ inline void tap_sums_any(const TapSums& t, int64_t begin, int64_t end) {
     }
 }
 
-inline void tap_sums(TapSums& t, int64_t kernel_height) {
+inline void tap_sums(const TapSums& t, int64_t kernel_height) {
   const bool three = kernel_height == 3 && t.kernel_width == 3 && t.dilation == 1 && t.row_begin == 0 && t.row_end == 3;
   if (!three) {
     tap_sums_any(t, 0, t.out_width);
@@ -278,22 +267,6 @@ FASTBLOCKS_INLINE GradBand grad_band(const DepthwiseGrad& p, int64_t band) {
           (band + 1) * q.out_height / q.bands};
 }
 
-// What the next row will read: dy's two sources, and the input's next rows. There are out_width * channels / kLanes steps.
-FASTBLOCKS_INLINE void fetch_ahead(const DepthwiseGrad& p, int64_t image, int64_t oy, int64_t next, TapSums& t) {
-  const TrainDepthwise& q = p.conv;
-  for (int i = 0; i < 4; ++i) t.ahead[i] = t.dy, t.ahead_step[i] = 0;
-  if (q.chunk < q.channels) return;
-  if (oy + 1 < q.out_height) {
-    const int64_t pixel = (image * q.out_height + oy + 1) * q.out_width;
-    t.ahead[0] = p.dy.g + pixel * p.dy.stride, t.ahead_step[0] = kLanes;
-    t.ahead[1] = p.dy.z + pixel * q.channels, t.ahead_step[1] = kLanes;
-  }
-  for (int64_t i = 0; i < smaller(2, q.stride[0]) && next + i < q.height; ++i) {
-    t.ahead[2 + i] = q.x.data + (image * q.height + next + i) * q.width * q.x.stride;
-    t.ahead_step[2 + i] = kLanes * q.stride[1];
-  }
-}
-
 inline void depthwise_grad_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
   const DepthwiseGrad& p = *static_cast<const DepthwiseGrad*>(params);
   const TrainDepthwise& q = p.conv;
@@ -339,7 +312,6 @@ inline void depthwise_grad_run(const void* params, int64_t begin, int64_t end, c
           t.width = q.width, t.x_stride = stride, t.out_width = q.out_width, t.dy_stride = stride;
           t.kernel_width = q.kernel[1], t.stride = q.stride[1], t.padding = q.padding[1], t.dilation = q.dilation[1];
           t.dy = dy, t.sums = s.sums + c, t.sums_stride = all, t.channels = channels;
-          fetch_ahead(p, image, oy, next, t);
           tap_sums(t, q.kernel[0]);
         }
         if (!p.weight) continue;
