@@ -243,6 +243,7 @@ PyObject* call(const Site& s, PyObject* input) {
   const Ref args = arguments_if_unchanged(s, input, grad, true);
   if (!args.get() || watched(s) || !fits(s, view(input))) return none();
   if (s.needs_grad && grad) {
+    if (s.differentiable.get() == Py_None) return none();
     PyObject* const both[] = {s.name.get(), args.get()};
     return PyObject_Vectorcall(s.differentiable.get(), both, 2, nullptr);
   }

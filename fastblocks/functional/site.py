@@ -112,6 +112,7 @@ def make(
     *,
     least: tuple[int, int] | None = (1, 1),
     any_channels: bool = False,
+    differentiates: bool = True,
 ) -> Site | None:
     """Remember a call that was just checked; None where it cannot be remembered.
 
@@ -123,6 +124,7 @@ def make(
         least: smallest height and width of an input that kernel, padding and dilation allow; None where the input has
             neither.
         any_channels: whether inputs may have another number of channels than this one.
+        differentiates: whether calls with gradients go this way too; else they are no calls of this site.
     """
     places: list[Place] = []
     for kind, what in arguments:
@@ -139,7 +141,7 @@ def make(
         _remember(input, ()),
         (profiling, function_modes, dispatch_modes),
         torch.is_grad_enabled,
-        differentiable,
+        differentiable if differentiates else None,
         any(t.requires_grad for t in every),
         -1 if any_channels else input.shape[1],
         *((-1, -1) if least is None else least),

@@ -97,20 +97,26 @@ class Fused(HasSites, nn.Module):
                     return result
         return self._forward_checked(input)
 
-    def _chained(self, x: Any) -> Any:
-        """The layer as a chain of its own, where it trains or gradients are wanted; else None, or why it is none."""
-        if is_compiling() or not isinstance(x, Tensor):
-            return None
-        units = self._units()
-        if isinstance(units, str) or not (train.is_training(units) or train.wants_gradients(x, units)):
-            return None
+    def _chain_reason(self, x: Any) -> str | None:
+        """Why the layer is no chain of its own; None where it is one, or where no chain is wanted."""
         units = train.layer_reason(self, x)
-        if isinstance(units, str):
-            return units
-        reason = self._shape_reason(x, units)
+        return units if isinstance(units, str) else self._shape_reason(x, units)
+
+    def _wants_chain(self, x: Any) -> bool:
+        """Whether the layer trains, or gradients are wanted."""
+        if is_compiling() or not isinstance(x, Tensor):
+            return False
+        units = self._units()
+        return not isinstance(units, str) and (train.is_training(units) or train.wants_gradients(x, units))
+
+    def _chained(self, x: Any) -> Tensor | str | None:
+        """The layer run as a chain of its own, or why that cannot be; None where no chain is wanted."""
+        if not self._wants_chain(x):
+            return None
+        reason = self._chain_reason(x)
         if reason is not None:
             return reason
-        self._check(x, units)
+        self._check(x, train.units_of(self))
         return train.run((self,), x)
 
     def _forward_checked(self, x: Any) -> Any:
@@ -121,6 +127,7 @@ class Fused(HasSites, nn.Module):
         if isinstance(fused, str):
             if not is_compiling():
                 self.__dict__["_site"] = None
+                train.warn_of_sync(train.units_of(self))
             self._refuse(x)
             return self._run_children(x)
         units, op = fused
@@ -139,7 +146,9 @@ class Fused(HasSites, nn.Module):
             *map(site.value, op.last),
         ]
         modules = modules_of(units, self, tuple(module for _, module in containers))
-        self.__dict__["_site"] = site.make(op.name, x, arguments, modules, least=op.least)
+        self.__dict__["_site"] = site.make(
+            op.name, x, arguments, modules, least=op.least, differentiates=isinstance(chained, str)
+        )
         return result
 
     def _refuse(self, x: Any) -> None:
@@ -170,11 +179,18 @@ def why_not_fuse(layer: nn.Module, x: Any) -> str | None:
     Example:
         >>> import torch, fastblocks
         >>> layer = fastblocks.ConvBNAct(3, 8)
-        >>> why_not_fuse(layer, torch.ones(1, 3, 8, 8))
-        'normalisation is in training mode'
+        >>> why_not_fuse(layer, torch.ones(1, 3, 8, 8, dtype=torch.float64))
+        "the input's dtype is torch.float64, not torch.float32"
     """
     if not isinstance(layer, Fused):
         return f"{type(layer).__name__} is no fused layer"
+    if layer._wants_chain(x):
+        reason = layer._chain_reason(x)
+        if reason is None:
+            chain = train.chain_of((layer,), x)
+            reason = chain if isinstance(chain, str) else None
+        if reason is None:
+            return None
     fused = layer._fused(x)
     return fused if isinstance(fused, str) else None
 

@@ -8,11 +8,12 @@ two chains is small.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fastblocks.backends.program import ACTIVATIONS, Kind, Node, Pair, Program, Tensors, makes_conv
@@ -187,7 +188,10 @@ def wants_gradients(x: Tensor, units: Sequence[Unit]) -> bool:
     """Whether a backward pass may come."""
     if not torch.is_grad_enabled():
         return False
-    return x.requires_grad or any(p.requires_grad for unit in units for m in unit.modules() for p in m._parameters.values() if p is not None)
+    if x.requires_grad:
+        return True
+    parameters = (p for unit in units for module in unit.modules() for p in module._parameters.values())
+    return any(p is not None and p.requires_grad for p in parameters)
 
 
 def is_training(units: Sequence[Unit]) -> bool:
@@ -210,8 +214,16 @@ def layer_reason(layer: Fused, x: Any) -> tuple[Unit, ...] | str:
     return op if isinstance(op, str) else units
 
 
-def run(layers: Sequence[Fused], x: Tensor) -> Tensor | str:
-    """Run layers, which were found fit by `layer_reason`, as one chain; or why that cannot be."""
+class Chain(NamedTuple):
+    """Layers as one program."""
+
+    program: Program
+    tensors: Tensors
+    units: Sequence[Unit]
+
+
+def chain_of(layers: Sequence[Fused], x: Tensor) -> Chain | str:
+    """Layers, which were found fit by `layer_reason`, as one chain; or why they are none."""
     builder = Builder(x)
     value = 0
     try:
@@ -225,6 +237,26 @@ def run(layers: Sequence[Fused], x: Tensor) -> Tensor | str:
         return str(reason)
     if is_compiling() or not training.takes(x, tensors):
         return "the native tier does not take these tensors"
-    result = training.chain(program, x, tensors)
-    _count_batches(builder.units)
+    return Chain(program, tensors, builder.units)
+
+
+def run(layers: Sequence[Fused], x: Tensor) -> Tensor | str:
+    """Run layers as one chain; or why that cannot be."""
+    chain = chain_of(layers, x)
+    if isinstance(chain, str):
+        return chain
+    result = training.chain(chain.program, x, chain.tensors)
+    _count_batches(chain.units)
     return result
+
+
+_warned = False
+
+
+def warn_of_sync(units: Sequence[Unit]) -> None:
+    """Say once that BatchNorms which agree with other processes are left to torch."""
+    global _warned
+    if not _warned and any(isinstance(unit.bn, nn.SyncBatchNorm) for unit in units):
+        _warned = True
+        message = "fastblocks: layers with nn.SyncBatchNorm run their children, by plain torch"
+        warnings.warn(message, UserWarning, stacklevel=3)

@@ -13,10 +13,11 @@ namespace FASTBLOCKS_LEVEL {
 constexpr int64_t kRingFloats = 64 * 1024;
 constexpr int64_t kSumPixels = 56;
 
-// Input row `y`, channels [first, first + channels), to the ring.
+// Input row `y`, channels [first, first + channels), to the ring. Its rows have zeros at both sides, so that windows never leave
+// them.
 inline void read_row(const TrainDepthwise& p, int64_t image, int64_t y, int64_t first, int64_t channels, float* ring,
                      int64_t stride, float* pixel) {
-  float* out = ring + y % p.ring_rows * p.width * stride;
+  float* out = ring + (y % p.ring_rows * p.ring_width + p.padding[1]) * stride;
   const float* z = p.x.data + (image * p.height + y) * p.width * p.x.stride;
   if (p.shuffle == 1) {
     read_source(p.x, z, p.width, first, channels, out, stride);
@@ -34,13 +35,14 @@ inline void train_depthwise_run(const void* params, int64_t begin, int64_t end, 
   const TrainDepthwise& p = *static_cast<const TrainDepthwise*>(params);
   Scratch scratch(memory);
   const int64_t stride = chunk_stride(p), all = padded(p.channels);
-  float* ring = scratch.take<float>(p.ring_rows * p.width * stride + kPadding);
+  float* ring = scratch.take<float>(p.ring_rows * p.ring_width * stride + kPadding);
   float* pixel = scratch.take<float>(2 * all);
   const float** rows = scratch.take<const float*>(p.kernel[0]);
   float* block = scratch.take<float>(p.stream ? (kSumPixels + p.out_width) * stride + kPadding : 0);
   Moments moments(p.channels, scratch);
   const bool square = p.kernel[0] == p.kernel[1];
   const DepthwiseRowFunction row_function = depthwise_row_for(square ? p.kernel[1] : 0, p.stride[1], p.dilation[1]);
+  __builtin_memset(ring, 0, p.ring_rows * p.ring_width * stride * sizeof(float));
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / p.bands, band = item % p.bands;
     const int64_t from = band * p.out_height / p.bands, to = (band + 1) * p.out_height / p.bands;
@@ -54,11 +56,11 @@ inline void train_depthwise_run(const void* params, int64_t begin, int64_t end, 
         for (next = larger(next, origin); next < smaller(p.height, origin + (p.kernel[0] - 1) * p.dilation[0] + 1); ++next)
           read_row(p, image, next, c, channels, ring, stride, pixel);
         for (int64_t ky = r.row_begin; ky < r.row_end; ++ky)
-          rows[ky] = ring + (origin + ky * p.dilation[0]) % p.ring_rows * p.width * stride;
+          rows[ky] = ring + (origin + ky * p.dilation[0]) % p.ring_rows * p.ring_width * stride;
         r.rows = rows;
-        r.width = p.width, r.pixel_stride = stride;
+        r.width = p.ring_width, r.pixel_stride = stride;
         r.out_width = p.out_width, r.out_stride = p.stream ? stride : p.channels;
-        r.kernel_width = p.kernel[1], r.stride = p.stride[1], r.padding = p.padding[1], r.dilation = p.dilation[1];
+        r.kernel_width = p.kernel[1], r.stride = p.stride[1], r.padding = 0, r.dilation = p.dilation[1];
         r.weight = p.weight + c, r.weight_stride = all;
         r.shift = p.zeros;
         r.clamp = {-__builtin_inff(), __builtin_inff()};
@@ -93,11 +95,16 @@ FASTBLOCKS_INLINE void cut_depthwise(TrainDepthwise& p, int64_t rows, int64_t fl
   }
 }
 
+FASTBLOCKS_INLINE void size_ring(TrainDepthwise& p) {
+  p.ring_rows = (p.kernel[0] - 1) * p.dilation[0] + 1;
+  p.ring_width = larger(p.padding[1] + p.width, (p.out_width - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1);
+}
+
 inline void train_depthwise_prepare(void* params, TrainWork* work) {
   TrainDepthwise& p = *static_cast<TrainDepthwise*>(params);
-  p.ring_rows = (p.kernel[0] - 1) * p.dilation[0] + 1;
-  cut_depthwise(p, p.out_height, p.ring_rows * p.width);
-  *work = {p.items, room<float>(p.ring_rows * p.width * chunk_stride(p) + kPadding) + room<float>(2 * padded(p.channels)) +
+  size_ring(p);
+  cut_depthwise(p, p.out_height, p.ring_rows * p.ring_width);
+  *work = {p.items, room<float>(p.ring_rows * p.ring_width * chunk_stride(p) + kPadding) + room<float>(2 * padded(p.channels)) +
                         room<float*>(p.kernel[0]) +
                         room<float>(p.stream ? (kSumPixels + p.out_width) * chunk_stride(p) + kPadding : 0) +
                         Moments::bytes(p.channels)};
@@ -105,26 +112,26 @@ inline void train_depthwise_prepare(void* params, TrainWork* work) {
 
 // ---------------------------------------------------------------------------------------------------- backward
 
-// sums[ky][kx] += sum over one output row of dy * x, for a vector of channels; kernel rows [row_begin, row_end) are inside.
+// sums[ky][kx] += sum over one output row of dy * x, for a vector of channels. Rows outside the map are zeros.
 struct TapSums {
   const float* const* rows;
-  int64_t row_begin, row_end, width, x_stride, out_width, dy_stride;
-  int64_t kernel_width, stride, padding, dilation;
+  int64_t x_stride, out_width, dy_stride;
+  int64_t kernel[2], stride, dilation;
   const float* dy;
   float* sums;  // [ky][kx][sums_stride]
   int64_t sums_stride, channels;
 };
 
-// All taps of K kernel rows in registers: 3x3 has nine independent sums, more than an FMA's latency needs.
+// All taps of K x K in registers: 3x3 has nine independent sums, more than an FMA's latency needs.
 template <int K>
-FASTBLOCKS_INLINE void tap_sums_interior(const TapSums& t, int64_t begin, int64_t end, int64_t c) {
+FASTBLOCKS_INLINE void tap_sums_square(const TapSums& t, int64_t c) {
   Vec sum[K][K] = {};
-  const float* dy = t.dy + begin * t.dy_stride + c;
+  const float* dy = t.dy + c;
   const float* x[K];
 #pragma GCC unroll 8
-  for (int ky = 0; ky < K; ++ky) x[ky] = t.rows[ky] + (begin * t.stride - t.padding) * t.x_stride + c;
+  for (int ky = 0; ky < K; ++ky) x[ky] = t.rows[ky] + c;
   const int64_t step = t.stride * t.x_stride;
-  for (int64_t ox = begin; ox < end; ++ox, dy += t.dy_stride) {
+  for (int64_t ox = 0; ox < t.out_width; ++ox, dy += t.dy_stride) {
     const Vec d = load(dy);
 #pragma GCC unroll 8
     for (int ky = 0; ky < K; ++ky) {
@@ -142,39 +149,21 @@ FASTBLOCKS_INLINE void tap_sums_interior(const TapSums& t, int64_t begin, int64_
     }
 }
 
-// Any taps of one output pixel range, a tap at a time.
-inline void tap_sums_any(const TapSums& t, int64_t begin, int64_t end) {
-  for (int64_t ky = t.row_begin; ky < t.row_end; ++ky)
-    for (int64_t kx = 0; kx < t.kernel_width; ++kx) {
-      const int64_t shift = kx * t.dilation - t.padding;  // input column at output column 0
-      int64_t from = begin, to = end;
-      while (from < to && from * t.stride + shift < 0) ++from;
-      while (to > from && (to - 1) * t.stride + shift >= t.width) --to;
-      if (from == to) continue;
-      for (int64_t c = 0; c < t.channels; c += kLanes) {
-        const float* dy = t.dy + from * t.dy_stride + c;
-        const float* x = t.rows[ky] + (from * t.stride + shift) * t.x_stride + c;
+inline void tap_sums(const TapSums& t) {
+  for (int64_t c = 0; c < t.channels; c += kLanes) {
+    if (t.kernel[0] == 3 && t.kernel[1] == 3 && t.dilation == 1) {
+      tap_sums_square<3>(t, c);
+      continue;
+    }
+    for (int64_t ky = 0; ky < t.kernel[0]; ++ky)
+      for (int64_t kx = 0; kx < t.kernel[1]; ++kx) {
+        const float *dy = t.dy + c, *x = t.rows[ky] + kx * t.dilation * t.x_stride + c;
         Vec sum{};
-        for (int64_t ox = from; ox < to; ++ox, dy += t.dy_stride, x += t.stride * t.x_stride) sum += load(dy) * load(x);
-        float* out = t.sums + (ky * t.kernel_width + kx) * t.sums_stride + c;
+        for (int64_t ox = 0; ox < t.out_width; ++ox, dy += t.dy_stride, x += t.stride * t.x_stride) sum += load(dy) * load(x);
+        float* out = t.sums + (ky * t.kernel[1] + kx) * t.sums_stride + c;
         store(out, load(out) + sum);
       }
-    }
-}
-
-inline void tap_sums(const TapSums& t, int64_t kernel_height) {
-  const bool three = kernel_height == 3 && t.kernel_width == 3 && t.dilation == 1 && t.row_begin == 0 && t.row_end == 3;
-  if (!three) {
-    tap_sums_any(t, 0, t.out_width);
-    return;
   }
-  int64_t begin = smaller(divide_up(t.padding, t.stride), t.out_width);
-  int64_t end = t.width + t.padding >= 3 ? (t.width + t.padding - 3) / t.stride + 1 : 0;
-  end = larger(begin, smaller(end, t.out_width));
-  if (begin < end)
-    for (int64_t c = 0; c < t.channels; c += kLanes) tap_sums_interior<3>(t, begin, end, c);
-  if (begin > 0) tap_sums_any(t, 0, begin);
-  if (end < t.out_width) tap_sums_any(t, end, t.out_width);
 }
 
 // One row of the input's gradient at any stride: rows[i] is the dy row of kernel row ky[i]. Whole vectors.
@@ -203,16 +192,17 @@ inline void input_gradient_row(const DepthwiseGrad& p, const float* const* rows,
 }
 
 struct DepthwiseGradScratch {
-  float *x_ring, *dy_ring, *row, *pixel, *sums;
+  float *x_ring, *dy_ring, *row, *pixel, *sums, *zeros;
   const float** rows;
   int64_t* kernel_rows;
 };
 
-// Writes row `y` of the input's gradient and finishes it. The dy rows that it needs are in the ring.
-inline void depthwise_grad_row(const DepthwiseGrad& p, const DepthwiseGradScratch& s, int64_t image, int64_t y, int64_t c,
-                               int64_t channels, DepthwiseRowFunction row_function, Sums& sums) {
+// Writes row `y` of the input's gradient to `out`, in the order of the map's channels. The dy rows that it needs are in the ring.
+inline void depthwise_grad_row(const DepthwiseGrad& p, const DepthwiseGradScratch& s, int64_t y, int64_t c, int64_t channels,
+                               DepthwiseRowFunction row_function, float* out) {
   const TrainDepthwise& q = p.conv;
-  const int64_t stride = chunk_stride(q), all = padded(q.channels), ring = q.out_width * stride;
+  const int64_t stride = chunk_stride(q), all = padded(q.channels), ring = p.dy_ring_width * stride;
+  float* to = q.shuffle == 1 ? out : s.pixel;
   if (row_function) {  // stride 1: a convolution with the flipped taps
     DepthwiseRow r;
     const int64_t padding = q.dilation[0] * (q.kernel[0] - 1) - q.padding[0];
@@ -220,14 +210,13 @@ inline void depthwise_grad_row(const DepthwiseGrad& p, const DepthwiseGradScratc
     for (int64_t ky = r.row_begin; ky < r.row_end; ++ky)
       s.rows[ky] = s.dy_ring + (y - padding + ky * q.dilation[0]) % p.dy_ring_rows * ring;
     r.rows = s.rows;
-    r.width = q.out_width, r.pixel_stride = stride;
+    r.width = p.dy_ring_width, r.pixel_stride = stride;
     r.out_width = q.width, r.out_stride = stride;
-    r.kernel_width = q.kernel[1], r.stride = 1, r.dilation = q.dilation[1];
-    r.padding = q.dilation[1] * (q.kernel[1] - 1) - q.padding[1];
+    r.kernel_width = q.kernel[1], r.stride = 1, r.padding = 0, r.dilation = q.dilation[1];
     r.weight = p.weight + c, r.weight_stride = all;
     r.shift = q.zeros;
     r.clamp = {-__builtin_inff(), __builtin_inff()};
-    r.out = s.row, r.channels = round_up(channels, kLanes), r.pad_channels = true;
+    r.out = to, r.channels = round_up(channels, kLanes), r.pad_channels = true;
     row_function(r);
   } else {
     int64_t count = 0;
@@ -237,23 +226,30 @@ inline void depthwise_grad_row(const DepthwiseGrad& p, const DepthwiseGradScratc
       s.rows[count] = s.dy_ring + row / q.stride[0] % p.dy_ring_rows * ring;
       s.kernel_rows[count++] = ky;
     }
-    input_gradient_row(p, s.rows, s.kernel_rows, count, stride, p.weight + c, channels, s.row, stride);
+    input_gradient_row(p, s.rows, s.kernel_rows, count, stride, p.weight + c, channels, to, stride);
   }
-  const int64_t pixel = (image * q.height + y) * q.width;
-  float* from = s.row;
-  int64_t from_stride = stride;
-  if (q.shuffle != 1) {
-    from = s.pixel, from_stride = all;
+  if (q.shuffle != 1)
     for (int64_t x = 0; x < q.width; ++x)
-      interleave_streams<true>(s.row + x * stride, q.shuffle, q.channels / q.shuffle, 0, q.channels, from + x * all);
-  }
+      interleave_streams<true>(to + x * stride, q.shuffle, q.channels / q.shuffle, 0, q.channels, out + x * stride);
+}
+
+// Rows of the input's gradient that wait to be finished: some at a time, since the sums of one short row cost as much as itself.
+struct GradRows {
+  int64_t first, count;
+};
+
+inline void finish_rows(const DepthwiseGrad& p, const DepthwiseGradScratch& s, int64_t image, GradRows& rows, int64_t c,
+                        int64_t channels, Sums& sums) {
+  const TrainDepthwise& q = p.conv;
+  const int64_t stride = chunk_stride(q), pixel = (image * q.height + rows.first) * q.width, pixels = rows.count * q.width;
   if (p.addend)
-    for (int64_t x = 0; x < q.width; ++x)
+    for (int64_t x = 0; x < pixels; ++x)
       for_channels(channels, [&](int64_t i, auto lanes) {
-        float* to = from + x * from_stride + i;
+        float* to = s.row + x * stride + i;
         store(to, load(to) + load_some(p.addend + (pixel + x) * p.addend_stride + c + i, lanes));
       });
-  finish(p.finish, from, from_stride, p.dx + pixel * p.dx_stride + c, p.dx_stride, pixel, q.width, c, channels, sums);
+  finish(p.finish, s.row, stride, p.dx + pixel * p.dx_stride + c, p.dx_stride, pixel, pixels, c, channels, sums);
+  rows = {rows.first + rows.count, 0};
 }
 
 // A band of the gradient's rows [begin, end), with the dy rows [dy_begin, dy_end) whose share of the weight's gradient it sums.
@@ -273,10 +269,11 @@ inline void depthwise_grad_run(const void* params, int64_t begin, int64_t end, c
   Scratch scratch(memory);
   const int64_t stride = chunk_stride(q), all = padded(q.channels), taps = q.kernel[0] * q.kernel[1];
   DepthwiseGradScratch s;
-  s.x_ring = scratch.take<float>(q.ring_rows * q.width * stride + kPadding);
-  s.dy_ring = scratch.take<float>(p.dy_ring_rows * q.out_width * stride + kPadding);
-  s.row = scratch.take<float>(q.width * stride + kPadding);
-  s.pixel = scratch.take<float>((q.shuffle == 1 ? 2 : q.width) * all + kPadding);
+  s.x_ring = scratch.take<float>(q.ring_rows * q.ring_width * stride + kPadding);
+  s.dy_ring = scratch.take<float>(p.dy_ring_rows * p.dy_ring_width * stride + kPadding);
+  s.row = scratch.take<float>((kSumPixels + q.width) * stride + kPadding);
+  s.pixel = scratch.take<float>((q.shuffle == 1 ? 0 : q.width) * stride + 2 * all);
+  s.zeros = scratch.take<float>(q.ring_width * stride + kPadding);
   s.sums = scratch.take<float>(taps * all);
   s.rows = scratch.take<const float*>(q.kernel[0]);
   s.kernel_rows = scratch.take<int64_t>(q.kernel[0]);
@@ -284,6 +281,9 @@ inline void depthwise_grad_run(const void* params, int64_t begin, int64_t end, c
   const DepthwiseRowFunction row_function =
       flips(q) ? depthwise_row_for(q.kernel[0] == q.kernel[1] ? q.kernel[1] : 0, 1, q.dilation[1]) : nullptr;
   const int64_t reach = (q.kernel[0] - 1) * q.dilation[0];
+  __builtin_memset(s.x_ring, 0, q.ring_rows * q.ring_width * stride * sizeof(float));
+  __builtin_memset(s.dy_ring, 0, p.dy_ring_rows * p.dy_ring_width * stride * sizeof(float));
+  __builtin_memset(s.zeros, 0, q.ring_width * stride * sizeof(float));
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / q.bands;
     const GradBand band = grad_band(p, item % q.bands);
@@ -297,30 +297,36 @@ inline void depthwise_grad_run(const void* params, int64_t begin, int64_t end, c
       const int64_t from = p.weight ? smaller(first_reached, band.dy_begin) : band.dy_begin;
       const int64_t to = p.weight ? larger(last_reached, band.dy_end) : band.dy_end;
       int64_t next = larger(0, band.dy_begin * q.stride[0] - q.padding[0]), y = band.begin;
+      GradRows waiting = {y, 0};
+      const auto add_row = [&] {
+        depthwise_grad_row(p, s, y++, c, channels, row_function, s.row + waiting.count * q.width * stride);
+        ++waiting.count;
+        if (waiting.count * q.width >= kSumPixels || y == band.end) finish_rows(p, s, image, waiting, c, channels, sums);
+      };
       for (int64_t oy = from; oy < to; ++oy) {
-        float* dy = s.dy_ring + oy % p.dy_ring_rows * q.out_width * stride;
+        float* dy = s.dy_ring + (oy % p.dy_ring_rows * p.dy_ring_width + p.dy_padding) * stride;
         read_gradient(p.dy, (image * q.out_height + oy) * q.out_width, q.out_width, q.channels, c, channels, dy, stride);
         if (p.weight_partials && oy >= band.dy_begin && oy < band.dy_end) {
           TapSums t;
           const int64_t origin = oy * q.stride[0] - q.padding[0];
-          kernel_row_range(oy, q.stride[0], q.padding[0], q.dilation[0], q.kernel[0], q.height, &t.row_begin, &t.row_end);
           for (next = larger(next, origin); next < smaller(q.height, origin + reach + 1); ++next)
             read_row(q, image, next, c, channels, s.x_ring, stride, s.pixel);
-          for (int64_t ky = t.row_begin; ky < t.row_end; ++ky)
-            s.rows[ky] = s.x_ring + (origin + ky * q.dilation[0]) % q.ring_rows * q.width * stride;
+          for (int64_t ky = 0; ky < q.kernel[0]; ++ky) {
+            const int64_t row = origin + ky * q.dilation[0];
+            s.rows[ky] = row < 0 || row >= q.height ? s.zeros : s.x_ring + row % q.ring_rows * q.ring_width * stride;
+          }
           t.rows = s.rows;
-          t.width = q.width, t.x_stride = stride, t.out_width = q.out_width, t.dy_stride = stride;
-          t.kernel_width = q.kernel[1], t.stride = q.stride[1], t.padding = q.padding[1], t.dilation = q.dilation[1];
+          t.x_stride = stride, t.out_width = q.out_width, t.dy_stride = stride;
+          t.kernel[0] = q.kernel[0], t.kernel[1] = q.kernel[1], t.stride = q.stride[1], t.dilation = q.dilation[1];
           t.dy = dy, t.sums = s.sums + c, t.sums_stride = all, t.channels = channels;
-          tap_sums(t, q.kernel[0]);
+          tap_sums(t);
         }
         if (!p.weight) continue;
         // Row y is complete when the last dy row that it reaches is here.
-        for (; y < band.end && smaller((y + q.padding[0]) / q.stride[0], q.out_height - 1) <= oy; ++y)
-          depthwise_grad_row(p, s, image, y, c, channels, row_function, sums);
+        while (y < band.end && smaller((y + q.padding[0]) / q.stride[0], q.out_height - 1) <= oy) add_row();
       }
       // No dy row reaches these: their gradient is zero.
-      for (; p.weight && y < band.end; ++y) depthwise_grad_row(p, s, image, y, c, channels, row_function, sums);
+      while (p.weight && y < band.end) add_row();
     }
     if (p.finish.stream) fence();
     if (p.finish.partials) sums.write(q.channels, p.finish.partials + item * 2 * all);
@@ -332,17 +338,20 @@ inline void depthwise_grad_run(const void* params, int64_t begin, int64_t end, c
 inline void depthwise_grad_prepare(void* params, TrainWork* work) {
   DepthwiseGrad& p = *static_cast<DepthwiseGrad*>(params);
   TrainDepthwise& q = p.conv;
-  q.ring_rows = (q.kernel[0] - 1) * q.dilation[0] + 1;
+  size_ring(q);
+  const int64_t reach = (q.kernel[1] - 1) * q.dilation[1];
   p.dy_ring_rows = q.ring_rows + 1;
-  cut_depthwise(q, smaller(q.height, q.out_height), q.ring_rows * q.width + p.dy_ring_rows * q.out_width + q.width);
+  p.dy_padding = flips(q) ? reach - q.padding[1] : 0;
+  p.dy_ring_width = flips(q) ? q.width + reach : q.out_width;
+  cut_depthwise(q, smaller(q.height, q.out_height), q.ring_rows * q.ring_width + p.dy_ring_rows * p.dy_ring_width + q.width);
   p.items = q.items;
   const int64_t stride = chunk_stride(q), all = padded(q.channels);
-  *work = {p.items, room<float>(q.ring_rows * q.width * stride + kPadding) +
-                        room<float>(p.dy_ring_rows * q.out_width * stride + kPadding) +
-                        room<float>(q.width * stride + kPadding) +
-                        room<float>((q.shuffle == 1 ? 2 : q.width) * all + kPadding) +
-                        room<float>(q.kernel[0] * q.kernel[1] * all) + room<float*>(q.kernel[0]) +
-                        room<int64_t>(q.kernel[0]) + Sums::bytes(q.channels)};
+  *work = {p.items, room<float>(q.ring_rows * q.ring_width * stride + kPadding) +
+                        room<float>(p.dy_ring_rows * p.dy_ring_width * stride + kPadding) +
+                        room<float>((kSumPixels + q.width) * stride + kPadding) +
+                        room<float>((q.shuffle == 1 ? 0 : q.width) * stride + 2 * all) +
+                        room<float>(q.ring_width * stride + kPadding) + room<float>(q.kernel[0] * q.kernel[1] * all) +
+                        room<float*>(q.kernel[0]) + room<int64_t>(q.kernel[0]) + Sums::bytes(q.channels)};
 }
 
 }  // namespace FASTBLOCKS_LEVEL

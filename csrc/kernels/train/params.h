@@ -137,7 +137,7 @@ struct TrainDepthwise {
   double* partials;
   bool stream;
   // set by prepare
-  int64_t items, bands, chunk, ring_rows;
+  int64_t items, bands, chunk, ring_rows, ring_width;
 };
 
 // Whether the input's gradient is a convolution with the flipped taps.
@@ -157,7 +157,7 @@ struct DepthwiseGrad {
   Finish finish;
   float* weight_partials;  // [item][tap][padded]
   // set by prepare
-  int64_t items, dy_ring_rows;
+  int64_t items, dy_ring_rows, dy_ring_width, dy_padding;
 };
 
 // Dense k x k convolutions: their gradients by laying windows out in rows.
