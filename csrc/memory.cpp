@@ -17,8 +17,8 @@ constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kChunk = 8 * kHugePage;
 constexpr size_t kLargestCarved = kHugePage;
 
-// Slabs of their own mapping are kept while all slabs, used and unused, take no more than one and a half times what was ever in use at
-// once (a program that repeats itself then finds a slab of each size), or this; carved ones stay with their chunk.
+// Slabs of their own mapping are kept while all slabs, used and unused, take no more than one and a half times what was ever in
+// use at once (a program that repeats itself then finds a slab of each size), or this; carved ones stay with their chunk.
 constexpr int64_t kLimit = int64_t(128) << 20;
 
 // A slab of one of these many larger classes will do, where there is none of the right one.

@@ -1,4 +1,5 @@
-// The forward half of a chain: each convolution writes its output once, with its statistics; the next one reads it through them.
+// The forward half of a chain: each convolution writes its output once, with its statistics; the next one reads it through
+// them.
 #include <cmath>
 #include <memory>
 #include <new>

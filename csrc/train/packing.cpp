@@ -1,6 +1,5 @@
 #include "packing.h"
 
-
 namespace fastblocks {
 namespace train {
 
@@ -16,9 +15,7 @@ std::vector<int64_t> depth_offsets(const TensorView& weight) {
   return offsets;
 }
 
-bool streams(const Shape& shape) {
-  return shape.c % kPadding == 0 && shape.floats() * (int64_t)sizeof(float) > kStreamBytes;
-}
+bool streams(const Shape& shape) { return shape.c % kPadding == 0 && shape.floats() * (int64_t)sizeof(float) > kStreamBytes; }
 
 namespace {
 

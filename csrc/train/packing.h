@@ -16,7 +16,6 @@ namespace train {
 
 inline int64_t round16(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
 
-
 // Each adds a job to the plan's current stage, and returns where the packed weight will be.
 const float* pack_forward(Plan& plan, const Bound& b, const Node& node);
 // For the gradient of the input.

@@ -20,7 +20,8 @@ Node read_node(PyObject* tuple) {
   require(v[0] >= 0 && v[0] <= (int64_t)Kind::kActivate, "fastblocks._C: no such node");
   n.kind = (Kind)v[0];
   n.input = v[1], n.first = v[2], n.channels = v[3], n.other = v[4], n.groups = v[5], n.shuffle = v[6];
-  for (int i = 0; i < 2; ++i) n.stride[i] = v[7 + i], n.padding[i] = v[9 + i], n.dilation[i] = v[11 + i], n.kernel[i] = v[13 + i];
+  for (int i = 0; i < 2; ++i)
+    n.stride[i] = v[7 + i], n.padding[i] = v[9 + i], n.dilation[i] = v[11 + i], n.kernel[i] = v[13 + i];
   n.activation = v[15], n.frozen = v[16] != 0, n.update = v[17] != 0;
   require(v[18] == 0, "fastblocks._C: a field that is not used");
   n.eps = number(f[kFields - 1]);
@@ -68,9 +69,8 @@ PyObject* make_program(PyObject* const* args) {
     if (node.is_conv()) node.conv = program->convs++;
   }
   check(*program);
-  Ref capsule = Ref::checked(PyCapsule_New(program.get(), kName, [](PyObject* capsule) {
-    delete static_cast<Program*>(PyCapsule_GetPointer(capsule, kName));
-  }));
+  Ref capsule = Ref::checked(PyCapsule_New(
+      program.get(), kName, [](PyObject* capsule) { delete static_cast<Program*>(PyCapsule_GetPointer(capsule, kName)); }));
   program.release();
   return capsule.release();
 }
@@ -84,7 +84,8 @@ const Program& program_of(PyObject* capsule) {
 Bound::Bound(const Program& p, PyObject* input, PyObject* weights, PyObject* affine) : program(&p) {
   const TensorView v = view(input);
   require(v.dims == 4, "fastblocks._C: an input has four dimensions");
-  planar = p.nodes[0].kind == Kind::kDense && !((v.size[1] < 2 || v.stride[1] == 1) && (v.size[3] < 2 || v.stride[3] >= v.size[1]));
+  planar =
+      p.nodes[0].kind == Kind::kDense && !((v.size[1] < 2 || v.stride[1] == 1) && (v.size[3] < 2 || v.stride[3] >= v.size[1]));
   if (planar) {
     x.owner = v.size[3] > 1 && v.stride[3] != 1 ? contiguous(input) : Ref::borrow(input);
     const TensorView rows = view(x.owner.get());
@@ -115,7 +116,8 @@ Bound::Bound(const Program& p, PyObject* input, PyObject* weights, PyObject* aff
       require(n.kernel[0] * n.kernel[1] <= kMaxTaps, "fastblocks._C: too large a kernel");
       const bool depthwise = n.kind == Kind::kDepthwise;
       if (depthwise) {
-        require(out.c == channels && weight.size[1] == 1 && whole && channels % n.shuffle == 0, "fastblocks._C: a depthwise weight");
+        require(out.c == channels && weight.size[1] == 1 && whole && channels % n.shuffle == 0,
+                "fastblocks._C: a depthwise weight");
       } else {
         require(channels % n.groups == 0 && out.c % n.groups == 0 && weight.size[1] == channels / n.groups && n.shuffle == 1,
                 "fastblocks._C: a weight of another number of channels");
@@ -181,7 +183,8 @@ TrainDepthwise Bound::depthwise(const Node& node, int64_t value) const {
   TrainDepthwise p{};
   p.images = in.n, p.height = in.h, p.width = in.w, p.channels = in.c, p.out_height = out.h, p.out_width = out.w;
   for (int i = 0; i < 2; ++i)
-    p.kernel[i] = node.kernel[i], p.stride[i] = node.stride[i], p.padding[i] = node.padding[i], p.dilation[i] = node.dilation[i];
+    p.kernel[i] = node.kernel[i], p.stride[i] = node.stride[i], p.padding[i] = node.padding[i],
+    p.dilation[i] = node.dilation[i];
   p.shuffle = node.shuffle;
   p.x = source(node.input);
   p.z = values[value];
@@ -194,7 +197,8 @@ ConvParams Bound::dense(const Node& node, int64_t value) const {
   p.images = in.n, p.height = in.h, p.width = in.w, p.in_channels = in.c, p.out_channels = out.c;
   p.out_height = out.h, p.out_width = out.w;
   for (int i = 0; i < 2; ++i)
-    p.kernel[i] = node.kernel[i], p.stride[i] = node.stride[i], p.padding[i] = node.padding[i], p.dilation[i] = node.dilation[i];
+    p.kernel[i] = node.kernel[i], p.stride[i] = node.stride[i], p.padding[i] = node.padding[i],
+    p.dilation[i] = node.dilation[i];
   p.planar = planar;
   p.x = x.image;
   p.clamp = {-INFINITY, INFINITY};

@@ -19,9 +19,9 @@ enum class Kind : int64_t { kPointwise, kDepthwise, kDense, kAdd, kPoolCat, kInt
 // activation; all others are stored as they are read.
 struct Node {
   Kind kind;
-  int64_t input;           // value
-  int64_t first, channels; // a slice of the input's channels; channels -1: all of them
-  int64_t other;           // the second value of a join: always a convolution's, which nothing else reads; -1: none
+  int64_t input;            // value
+  int64_t first, channels;  // a slice of the input's channels; channels -1: all of them
+  int64_t other;            // the second value of a join: always a convolution's, which nothing else reads; -1: none
   int64_t groups, shuffle;
   int64_t stride[2], padding[2], dilation[2], kernel[2];
   int64_t activation;  // 0 none, 1 ReLU, 2 ReLU6
@@ -59,11 +59,11 @@ struct Bound {
   std::vector<Shape> shapes;  // a value
   std::vector<ConvTensors> convs;
   ImageInput x;
-  bool planar;  // x is NCHW, for a dense convolution
+  bool planar;                        // x is NCHW, for a dense convolution
   std::vector<int64_t> norm_offsets;  // of each convolution's constants
   int64_t norm_floats;
   float* norms;
-  std::vector<float*> values;           // a value
+  std::vector<float*> values;          // a value
   std::vector<unsigned char*> places;  // a node: of a maximum pool
 
   Bound(const Program& program, PyObject* x, PyObject* weights, PyObject* affine);

@@ -61,12 +61,8 @@ make_chain: Callable[[Any], Any] | None = None if _native is None else _native.m
 """Make a call site, or a chain of layers that have one (``functional/site.py``); None without the extension."""
 
 
-class chain_functions:
-    """Chains of layers in training (``functional/training.py``): the extension's two halves."""
-
-    make_program: Any = None if _native is None else staticmethod(_native.make_program)
-    forward: Any = None if _native is None else staticmethod(_native.chain_forward)
-    backward: Any = None if _native is None else staticmethod(_native.chain_backward)
+chain_functions: Any = None if _native is None else _native.chain_functions
+"""Chains of layers in training (``functional/training.py``): the extension's halves."""
 
 
 def _switch(name: str) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,6 +104,14 @@ def pack_slots() -> int:
 
 make_site = _C.make_site
 make_chain = _C.make_chain
-make_program, chain_forward, chain_backward = _C.make_program, _C.chain_forward, _C.chain_backward
+
+
+class _ChainFunctions(NamedTuple):
+    make_program: Callable[..., Any]
+    forward: Callable[..., list[Tensor]]
+    backward: Callable[..., list[Tensor | None]]
+
+
+chain_functions = _ChainFunctions(_C.make_program, _C.chain_forward, _C.chain_backward)
 
 TABLE: dict[str, Callable[..., Any]] = {name: getattr(_C, name) for name in reference.TABLE}

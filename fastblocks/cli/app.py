@@ -102,7 +102,7 @@ def info(as_json: bool) -> None:
 @click.option(
     "--lr",
     type=click.FloatRange(0, min_open=True),
-    default=0.1,
+    default=0.05,
     show_default=True,
     metavar="X",
     help="The highest learning rate: it rises for a twentieth of the steps, then falls by half a cosine.",
@@ -113,7 +113,7 @@ def info(as_json: bool) -> None:
     "--resolution",
     type=click.IntRange(8, 2048),
     metavar="N",
-    help="Pixels of a side.  [default: 64 for digits, 224 for a folder]",
+    help="Pixels of a side.  [default: 32 for digits, 224 for a folder]",
 )
 @click.option("--width-mult", type=float, metavar="X", help="Of networks that take it: multiplies the channels.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, metavar="N")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +36,7 @@ class Settings:
     data: str = "digits"
     epochs: int = 20
     batch_size: int = 64
-    lr: float = 0.1
+    lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 1e-4
     resolution: int | None = None
@@ -119,6 +120,7 @@ class _Run:
             "processes": world.size,
         }
         self.history: dict[str, Any] = {"epochs": [], "step_losses": []}
+        self.saved = 0  # epochs in the checkpoint
         self.model = _build(settings, len(data.classes))
         torch.manual_seed(settings.seed + world.rank)  # for dropout and crops: of its own in each process
         self.wrapped = world.wrap(self.model)
@@ -138,7 +140,8 @@ class _Run:
         with Reporter(self.world.rank == 0, self.settings.epochs) as reporter:
             reporter.line(self.title())
             if done:
-                reporter.line(f"going on from {self.path}, {done} epochs done")
+                reporter.line(f"going on from {self.path}, epochs done: {done}")
+                self.writing(self.describe)  # the last process may have been killed before it did
 
             def told(epoch: int, step: int, loss: float, images: int) -> None:
                 reporter.step(loss, images)
@@ -150,7 +153,7 @@ class _Run:
                 try:
                     row = self.epoch(epoch, told)
                 except UserError as error:
-                    kept = f"{self.path} holds epoch {epoch - 1}" if epoch > 1 else "there is no checkpoint yet"
+                    kept = f"{self.path} holds epoch {self.saved}" if self.saved else "no epoch is saved yet"
                     raise UserError(f"{error.message}; {kept}") from error
                 reporter.end(row)
             reporter.line(f"{self.folder}: checkpoint.pt, history.json, curves.png", "dim")
@@ -184,14 +187,20 @@ class _Run:
         self.history["epochs"].append(row)
         self.history["step_losses"] += losses
         states = self.world.random_states()
-        if self.world.rank == 0:
-            try:
-                self.write(epoch, states)
-            except OSError as error:
-                raise UserError(f"cannot write to {self.folder} ({error.strerror or error})") from error
+        self.writing(lambda: self.save(epoch, states))
+        self.writing(self.describe)
         return row
 
-    def write(self, epoch: int, random_states: list[torch.Tensor]) -> None:
+    def writing(self, write: Callable[[], object]) -> None:
+        """Let the first process write; a UserError says why it cannot."""
+        if self.world.rank == 0:
+            try:
+                write()
+            except OSError as error:
+                raise UserError(f"cannot write to {self.folder} ({error.strerror or error})") from error
+
+    def save(self, epoch: int, random_states: list[torch.Tensor]) -> None:
+        """Write the checkpoint."""
         checkpoints.save(
             self.path,
             {
@@ -204,17 +213,22 @@ class _Run:
                 "scheduler": self.scheduler.state_dict(),
             },
         )
+        self.saved = epoch
+
+    def describe(self) -> None:
+        """Write the history and the curves."""
+        text = json.dumps({"arguments": self.arguments, **self.history}, indent=1)
+        checkpoints.replace(self.folder / "history.json", lambda file: file.write(text.encode()))
+
         from fastblocks.cli.training.curves import (
             draw_curves,
         )  # matplotlib takes a while, and only one process needs it
 
-        text = json.dumps({"arguments": self.arguments, **self.history}, indent=1)
-        checkpoints.replace(self.folder / "history.json", lambda file: file.write(text.encode()))
         title = f"{self.arguments['model']} ({self.arguments['network']}), {self.data.name}"
         checkpoints.replace(self.folder / "curves.png", lambda file: draw_curves(self.history, title, file))
 
     def load(self) -> int:
-        """Take over the folder's checkpoint; the number of epochs that are done."""
+        """Take over the folder's checkpoint; the number of epochs that it holds."""
         try:
             found = checkpoints.load(self.path)
             checkpoints.check_same(self.path, found["arguments"], self.arguments)
@@ -231,8 +245,8 @@ class _Run:
             AttributeError,
         ) as error:  # what torch raises for entries of another form
             raise UserError(f"{self.path} does not fit {self.settings.model} ({str(error).splitlines()[0]})") from error
-        self.history = found["history"]
-        return int(found["epoch"])
+        self.history, self.saved = found["history"], found["epoch"]
+        return self.saved
 
     def title(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
@@ -254,5 +268,9 @@ def _build(settings: Settings, classes: int) -> nn.Module:
     except ValueError as error:
         raise UserError(str(error)) from error
     if settings.stock:
-        model = stock_model(model.state_dict(), torch.channels_last)
+        stock = stock_model(model.state_dict(), torch.channels_last)
+        pairs = zip(*([m for m in net.modules() if isinstance(m, nn.Dropout)] for net in (stock, model)), strict=True)
+        for theirs, ours in pairs:
+            theirs.p = ours.p
+        model = stock
     return model.train()

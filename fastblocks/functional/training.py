@@ -49,8 +49,10 @@ class _Call:
 
 def _forward(program: Program, x: Tensor, tensors: Tensors) -> list[Tensor]:
     """The extension's forward half: output, constants, values."""
-    weights, affine, running, momenta = map(tuple, tensors)
-    results: list[Tensor] = chain_functions.forward(_compiled(program), x, weights, affine, running, momenta)
+    running = tuple(tensors.running)
+    results: list[Tensor] = chain_functions.forward(
+        _compiled(program), x, tuple(tensors.weights), tuple(tensors.affine), running, tuple(tensors.momenta)
+    )
     convs = (node for node in program if node.kind <= Kind.DENSE)
     written = [t for i, node in enumerate(convs) if node.update for t in running[2 * i : 2 * i + 2] if t is not None]
     if written:

@@ -9,8 +9,8 @@ from torch import nn
 
 from fastblocks.layers.base import Fused, Op
 from fastblocks.layers.conv import DepthwiseConvBNAct, PointwiseConvBNAct, block_units, positive
-from fastblocks.layers.train import Builder
 from fastblocks.layers.fuse import Unit, depthwise_reason, pointwise_reason
+from fastblocks.layers.train import Builder
 
 
 class InvertedResidual(Fused):

@@ -9,7 +9,6 @@ from torch import nn
 
 from fastblocks.layers.base import Fused, Op
 from fastblocks.layers.conv import ConvBNAct, block_units, positive
-from fastblocks.layers.train import Builder
 from fastblocks.layers.fuse import (
     ACTIVATIONS,
     Unit,
@@ -19,6 +18,7 @@ from fastblocks.layers.fuse import (
     pointwise_reason,
 )
 from fastblocks.layers.shuffle import ChannelShuffle
+from fastblocks.layers.train import Builder
 
 _BLOCKS = ("compress", "depthwise", "expand")
 _SHUFFLES = (ChannelShuffle, nn.ChannelShuffle)

@@ -9,9 +9,9 @@ from torch import nn
 
 from fastblocks.layers.base import Fused, Op
 from fastblocks.layers.conv import positive
-from fastblocks.layers.train import Builder
 from fastblocks.layers.fuse import Unit, depthwise_reason, pointwise_reason
 from fastblocks.layers.shuffle import shuffled
+from fastblocks.layers.train import Builder
 
 _RIGHT = ((0, 1, 2), (3, 4), (5, 6, 7))
 _LEFT = ((0, 1), (2, 3, 4))

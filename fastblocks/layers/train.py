@@ -2,8 +2,8 @@
 
 Layers describe themselves to a `Builder`, one after the other; what comes out is one program for all of them. Inside it
 no activated tensor is stored, so the longer a chain, the less memory. But DistributedDataParallel sends gradients as
-they become ready, chain by chain: so a chain ends behind a layer with a stride, where the tensor that must be stored between
-two chains is small.
+they become ready, chain by chain: so a chain ends behind a layer with a stride, where the tensor that must be stored
+between two chains is small.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Shape = tuple[int, int, int]
 """Channels, height, width."""
 
 
-class Unfit(Exception):
+class UnfitError(Exception):
     """A layer that is no part of a chain; the message says why."""
 
 
@@ -51,7 +51,7 @@ class Builder:
 
     def _add(self, node: Node, shape: Shape) -> int:
         if min(shape) < 1:
-            raise Unfit("the input is smaller than a kernel")
+            raise UnfitError("the input is smaller than a kernel")
         self.nodes.append(node)
         self.shapes.append(shape)
         return len(self.nodes)
@@ -71,14 +71,14 @@ class Builder:
         bn: Any = unit.bn
         name = unit.prefix()
         if conv.bias is not None:
-            raise Unfit(f"{name}convolution has a bias")
+            raise UnfitError(f"{name}convolution has a bias")
         if bn is None:
-            raise Unfit(f"{name}convolution has no normalisation")
+            raise UnfitError(f"{name}convolution has no normalisation")
         weight = conv.weight
         c, h, w = self.shapes[value]
         c = c if channels < 0 else channels
         if weight.shape[1] * conv.groups != c or weight.shape[2] * weight.shape[3] > 121:
-            raise Unfit(f"{name}convolution has a weight of another shape than a chain knows")
+            raise UnfitError(f"{name}convolution has a weight of another shape than a chain knows")
         single = is_depthwise(conv) or (tuple(weight.shape[:2]) == (1, 1) and not is_pointwise(conv))
         if is_pointwise(conv, grouped=True) and not single:
             kind = Kind.POINTWISE
@@ -87,14 +87,14 @@ class Builder:
         elif conv.groups == 1 and value == 0 and channels < 0:
             kind = Kind.DENSE
         else:
-            raise Unfit(f"{name}convolution is none that a chain has")
+            raise UnfitError(f"{name}convolution is none that a chain has")
         frozen = _is_frozen(bn)
         update = bn.training and bn.running_mean is not None
         kernel: Pair = (weight.shape[2], weight.shape[3])
         geometry = zip((h, w), kernel, conv.stride, conv.padding, conv.dilation, strict=True)
         h, w = (_size(*sizes) for sizes in geometry)
         if not frozen and self.images * h * w <= 1:
-            raise Unfit("there is one value a channel")
+            raise UnfitError("there is one value a channel")
         self.units.append(unit)
         node = Node(
             kind,
@@ -117,7 +117,7 @@ class Builder:
     def add(self, value: int, other: int, activation: str | None) -> int:
         """The sum of a value and a convolution's."""
         if self.shapes[value] != self.shapes[other]:
-            raise Unfit("the output has another shape than the input that it is added to")
+            raise UnfitError("the output has another shape than the input that it is added to")
         return self._add(Node(Kind.ADD, value, other=other, activation=ACTIVATIONS[activation]), self.shapes[value])
 
     def pool_cat(self, value: int, other: int) -> int:
@@ -136,7 +136,7 @@ class Builder:
         c, h, w = self.shapes[value]
         h, w = (_size(*sizes) for sizes in zip((h, w), kernel, stride, padding, strict=True))
         if kernel[0] * kernel[1] > 121:
-            raise Unfit("the pooling window is larger than a chain knows")
+            raise UnfitError("the pooling window is larger than a chain knows")
         return self._add(Node(Kind.MAX_POOL, value, kernel=kernel, stride=stride, padding=padding), (c, h, w))
 
     def finish(self, value: int) -> tuple[Program, Tensors]:
@@ -233,7 +233,7 @@ def chain_of(layers: Sequence[Fused], x: Tensor) -> Chain | str:
                 return units
             value = layer._describe(builder, value, units)
         program, tensors = builder.finish(value)
-    except Unfit as reason:
+    except UnfitError as reason:
         return str(reason)
     if is_compiling() or not training.takes(x, tensors):
         return "the native tier does not take these tensors"

@@ -32,7 +32,9 @@ FASTBLOCKS_INLINE void for_channels(int64_t channels, F f) {
 
 // Rows of panels are an odd number of cache lines apart: a power of two would put a column of them into a few cache sets. There
 // is room for whole vectors behind each row.
-FASTBLOCKS_INLINE int64_t panel_row(int64_t channels) { return (round_up(channels + kPadding, kPadding) / kPadding | 1) * kPadding; }
+FASTBLOCKS_INLINE int64_t panel_row(int64_t channels) {
+  return (round_up(channels + kPadding, kPadding) / kPadding | 1) * kPadding;
+}
 
 // Memory of one worker, handed out piece by piece.
 struct Scratch {
@@ -71,9 +73,8 @@ inline void read_source(const Source& s, const float* z, int64_t pixels, int64_t
   }
   const Norm n = {s.norm.mean + first, s.norm.scale + first, s.norm.shift + first, nullptr};
   for (int64_t m = 0; m < pixels; ++m, z += s.stride, out += stride)
-    for_channels(channels, [&](int64_t c, auto lanes) {
-      store(out + c, clamped(normalised(load_some(z + c, lanes), n, c), low, high));
-    });
+    for_channels(channels,
+                 [&](int64_t c, auto lanes) { store(out + c, clamped(normalised(load_some(z + c, lanes), n, c), low, high)); });
 }
 
 // The gradient of z, the same way; `pixel` counts from the beginning.
@@ -254,8 +255,8 @@ template <Mask kMask, bool kSums, bool kStream>
 inline void finish_channels(const Finish& f, const float* g, int64_t g_stride, float* out, int64_t out_stride, int64_t pixel,
                             int64_t pixels, int64_t first, int64_t channels, Sums& sums) {
   for_vectors(channels, [&](int64_t c, auto vectors, auto lanes) __attribute__((always_inline)) {
-    finish_vectors<kMask, kSums, kStream, decltype(vectors)::value>(f, g + c, g_stride, out ? out + c : nullptr, out_stride, pixel,
-                                                           pixels, first + c, lanes, sums);
+    finish_vectors<kMask, kSums, kStream, decltype(vectors)::value>(f, g + c, g_stride, out ? out + c : nullptr, out_stride,
+                                                                    pixel, pixels, first + c, lanes, sums);
   });
 }
 
@@ -266,7 +267,7 @@ inline void finish(const Finish& f, const float* g, int64_t g_stride, float* out
                    int64_t pixels, int64_t first, int64_t channels, Sums& sums) {
   const auto run = [&](auto function) { function(f, g, g_stride, out, out_stride, pixel, pixels, first, channels, sums); };
   const auto either = [&](auto mask, auto summed) {
-    constexpr Mask kMask = (Mask)decltype(mask)::value;
+    constexpr Mask kMask = (Mask) decltype(mask)::value;
     constexpr bool kSums = decltype(summed)::value;
     if (f.stream)
       run(finish_channels<kMask, kSums, true>);
@@ -274,7 +275,8 @@ inline void finish(const Finish& f, const float* g, int64_t g_stride, float* out
       run(finish_channels<kMask, kSums, false>);
   };
   if (f.mask == Mask::kNorm) return either(Number<(int)Mask::kNorm>(), Number<1>());
-  if (f.mask == Mask::kOutput) return f.partials ? either(Number<(int)Mask::kOutput>(), Number<1>()) : either(Number<(int)Mask::kOutput>(), Number<0>());
+  if (f.mask == Mask::kOutput)
+    return f.partials ? either(Number<(int)Mask::kOutput>(), Number<1>()) : either(Number<(int)Mask::kOutput>(), Number<0>());
   if (f.partials) return either(Number<(int)Mask::kNone>(), Number<1>());
   if (g != out) either(Number<(int)Mask::kNone>(), Number<0>());
 }

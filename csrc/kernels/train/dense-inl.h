@@ -66,7 +66,8 @@ inline void dense_grad_run(const void* params, int64_t begin, int64_t end, char*
           add = true;
         }
         if (dx) {
-          product({dy, q.out_channels, p.dy_stride, 1, nullptr}, pixels, depth, p.weight, p.zeros, nullptr, 0, x, p.x_stride, {});
+          product({dy, q.out_channels, p.dy_stride, 1, nullptr}, pixels, depth, p.weight, p.zeros, nullptr, 0, x, p.x_stride,
+                  {});
           add_window_rows(q, oy, column, pixels, x, p.x_stride, dx);
         }
       }

@@ -13,8 +13,8 @@ namespace FASTBLOCKS_LEVEL {
 constexpr int64_t kRingFloats = 64 * 1024;
 constexpr int64_t kSumPixels = 56;
 
-// Input row `y`, channels [first, first + channels), to the ring. Its rows have zeros at both sides, so that windows never leave
-// them.
+// Input row `y`, channels [first, first + channels), to the ring. Its rows have zeros at both sides, so that windows never
+// leave them.
 inline void read_row(const TrainDepthwise& p, int64_t image, int64_t y, int64_t first, int64_t channels, float* ring,
                      int64_t stride, float* pixel) {
   float* out = ring + (y % p.ring_rows * p.ring_width + p.padding[1]) * stride;
@@ -197,7 +197,8 @@ struct DepthwiseGradScratch {
   int64_t* kernel_rows;
 };
 
-// Writes row `y` of the input's gradient to `out`, in the order of the map's channels. The dy rows that it needs are in the ring.
+// Writes row `y` of the input's gradient to `out`, in the order of the map's channels. The dy rows that it needs are in the
+// ring.
 inline void depthwise_grad_row(const DepthwiseGrad& p, const DepthwiseGradScratch& s, int64_t y, int64_t c, int64_t channels,
                                DepthwiseRowFunction row_function, float* out) {
   const TrainDepthwise& q = p.conv;
@@ -233,7 +234,8 @@ inline void depthwise_grad_row(const DepthwiseGrad& p, const DepthwiseGradScratc
       interleave_streams<true>(to + x * stride, q.shuffle, q.channels / q.shuffle, 0, q.channels, out + x * stride);
 }
 
-// Rows of the input's gradient that wait to be finished: some at a time, since the sums of one short row cost as much as itself.
+// Rows of the input's gradient that wait to be finished: some at a time, since the sums of one short row cost as much as
+// itself.
 struct GradRows {
   int64_t first, count;
 };
@@ -330,8 +332,7 @@ inline void depthwise_grad_run(const void* params, int64_t begin, int64_t end, c
     }
     if (p.finish.stream) fence();
     if (p.finish.partials) sums.write(q.channels, p.finish.partials + item * 2 * all);
-    if (p.weight_partials)
-      __builtin_memcpy(p.weight_partials + item * taps * all, s.sums, taps * all * sizeof(float));
+    if (p.weight_partials) __builtin_memcpy(p.weight_partials + item * taps * all, s.sums, taps * all * sizeof(float));
   }
 }
 

@@ -170,8 +170,7 @@ inline void interleave_grad_run(const void* params, int64_t begin, int64_t end, 
 inline void interleave_grad_prepare(void* params, TrainWork* work) {
   InterleaveGrad& p = *static_cast<InterleaveGrad*>(params);
   cut_pass(p);
-  *work = {p.items,
-           2 * room<float>(kPassBlock * round_up(p.channels, kLanes) + kPadding) + 2 * Sums::bytes(p.channels)};
+  *work = {p.items, 2 * room<float>(kPassBlock * round_up(p.channels, kLanes) + kPadding) + 2 * Sums::bytes(p.channels)};
 }
 
 }  // namespace FASTBLOCKS_LEVEL

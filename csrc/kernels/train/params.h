@@ -56,8 +56,8 @@ struct Finish {
 // One BatchNorm forward: statistics from the items' partials, constants for the readers, running statistics.
 struct NormForward {
   int64_t channels, items, count;  // count: pixels
-  const double* partials;          // [item][1 + 2 * padded]: pixels, means, sums of squares around them; null: running statistics
-  const float *weight, *bias;      // or null
+  const double* partials;      // [item][1 + 2 * padded]: pixels, means, sums of squares around them; null: running statistics
+  const float *weight, *bias;  // or null
   float *running_mean, *running_var;
   bool update;
   double momentum, eps;
@@ -83,7 +83,8 @@ struct MergeWeights {
   float* out;
 };
 
-// Packs one matrix a group: element (channel, depth) of group g is w[g * group_stride + channel * channel_stride + depth * ...].
+// Packs one matrix a group: element (channel, depth) of group g is w[g * group_stride + channel * channel_stride + depth *
+// ...].
 struct PackMatrix {
   const float* w;
   int64_t groups, channels, depth, group_stride, channel_stride;
@@ -166,8 +167,8 @@ struct DenseGrad {
   Gradient dy;
   const float* weight;  // packed for the transposed product, depth order (channel, row, column); null: not needed
   const float* zeros;
-  float* dx;        // dense NHWC
-  bool accumulate;  // dx holds what other readers gave
+  float* dx;               // dense NHWC
+  bool accumulate;         // dx holds what other readers gave
   float* weight_partials;  // [item][out_channel][weight_stride]
   // set by prepare
   int64_t items, bands, block, dy_stride, x_stride, weight_stride;

@@ -1,6 +1,6 @@
 // 1x1 convolutions in training. Forward: each block of pixels is read through the BatchNorm before it into a panel, multiplied,
-// and its statistics are taken while it is in cache. Backward: from one panel of dy and one of x come the gradient of the input,
-// which is finished while it is in cache, and the item's share of the gradient of the weight.
+// and its statistics are taken while it is in cache. Backward: from one panel of dy and one of x come the gradient of the
+// input, which is finished while it is in cache, and the item's share of the gradient of the weight.
 #pragma once
 
 #include "outer-inl.h"

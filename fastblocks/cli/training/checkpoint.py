@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pickle
 import zipfile
@@ -68,7 +69,9 @@ def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def save(path: Path, checkpoint: Mapping[str, Any]) -> None:
     """Write a checkpoint, which has the entries `KEYS`; the one before stays until this one is whole."""
-    replace(path, lambda file: torch.save(dict(checkpoint), file))
+    whole = io.BytesIO()  # torch.save does not pass on why a file cannot be written
+    torch.save(dict(checkpoint), whole)
+    replace(path, lambda file: file.write(whole.getbuffer()))
 
 
 def load(path: Path) -> dict[str, Any]:

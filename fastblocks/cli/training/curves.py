@@ -33,7 +33,8 @@ def draw_curves(history: Mapping[str, Any], title: str, file: BinaryIO) -> None:
     losses.plot(epochs, [row["train_loss"] for row in rows], "o-", color=TRAIN, markersize=3, label="train, mean")
     losses.plot(epochs, [row["val_loss"] for row in rows], "s-", color=VAL, markersize=3, label="validation")
     losses.set_ylabel("loss (cross-entropy)")
-    losses.set_ylim(bottom=0)
+    # BatchNorm's running statistics are far off at first, and so may be validation's loss: it may leave the picture
+    losses.set_ylim(0, 1.1 * max(*steps, min(row["val_loss"] for row in rows)))
     losses.legend(frameon=False)
 
     percents = [100 * row["val_accuracy"] for row in rows]

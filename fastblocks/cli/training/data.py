@@ -18,7 +18,7 @@ from fastblocks.cli.training.distributed import World
 __all__ = ["DIGITS", "Data", "Split", "batches", "load_data"]
 
 DIGITS = "digits"
-DIGITS_RESOLUTION, FOLDER_RESOLUTION = 64, 224
+DIGITS_RESOLUTION, FOLDER_RESOLUTION = 32, 224
 HELD_OUT = 0.2  # of each digit's pictures, for validation
 
 
@@ -84,7 +84,7 @@ def load_data(source: str, resolution: int | None, seed: int) -> Data:
 
     Args:
         source: "digits", or a folder that holds ``train/CLASS/PICTURE`` and ``val/CLASS/PICTURE``.
-        resolution: pixels of a side of the network's input; None: 64 for digits, 224 for a folder.
+        resolution: pixels of a side of the network's input; None: 32 for digits, 224 for a folder.
         seed: decides which digits are held out for validation.
     """
     if source == DIGITS:

@@ -1,0 +1,149 @@
+"""The networks in training: a step against the plain networks in float64, and some steps beside stock torch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as tF
+from plain_networks import Plain
+from torch import Tensor, nn
+from training import chains, error
+
+import fastblocks
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "mobilenet_v1_x0_25": {},
+    "mobilenet_v2": {"width_mult": 0.35},
+    "shufflenet_v1_g3_x0_5": {},
+    "shufflenet_v2_x0_5": {},
+}
+
+
+class Training(Plain):
+    """A plain network with batch statistics, on tensors that it is given."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors, self.other = tensors, False
+
+    def conv(self, x: Tensor, name: str, stride: int = 1, groups: int = 1, act: Any = None) -> Tensor:
+        bn = name.rpartition(".")[0] + f".{int(name.rpartition('.')[2]) + 1}"
+        weight = self.tensors[f"{name}.weight"]
+        x = tF.conv2d(x, weight, None, stride, weight.shape[-1] // 2, 1, groups)
+        mean, var, gamma, beta = (self.tensors[f"{bn}.{p}"] for p in ("running_mean", "running_var", "weight", "bias"))
+        x = tF.batch_norm(x, mean, var, gamma, beta, training=True)
+        return x if act is None else act(x)
+
+
+def build(name: str) -> Any:
+    torch.manual_seed(1)
+    model = fastblocks.models.create(name, num_classes=10, **NETWORKS[name])
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, 0.1)
+            nn.init.normal_(module.bias, 0.2, 0.1)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0.0, 0.05)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.train()
+
+
+def plain_step(
+    name: str, model: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of the plain network; the statistics that it updated are among the results."""
+    tensors = {k: v.detach().clone().to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    wanted = [key for key, _ in model.named_parameters()]
+    image = x.detach().to(dtype).requires_grad_()
+    for key in wanted:
+        tensors[key].requires_grad_()
+    network = Training(tensors)
+    groups = (3,) if "_g3" in name else ()
+    loss = tF.cross_entropy(getattr(network, "_".join(name.split("_")[:2]))(image, *groups), labels)
+    grads = torch.autograd.grad(loss, [image, *(tensors[key] for key in wanted)])
+    statistics = {k: v for k, v in tensors.items() if "running" in k}
+    return loss.detach(), {**dict(zip(["input", *wanted], grads, strict=True)), **statistics}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_step(backend: str, name: str) -> None:
+    model = build(name)
+    x = torch.randn(4, 3, 64, 64)
+    labels = torch.randint(0, 10, (4,))
+    loss, truth = plain_step(name, model, x, labels, torch.float64)
+    torchs = [plain_step(name, model, x, labels, torch.float32)]
+    for _ in range(3):
+        almost = copy.deepcopy(model)
+        with torch.no_grad():
+            for p in almost.parameters():
+                p.mul_(1 + 2**-23 * torch.randn_like(p))
+        torchs.append(plain_step(name, almost, x, labels, torch.float32))
+    image = x.clone().requires_grad_()
+    result = tF.cross_entropy(model(image), labels)
+    result.backward()
+    assert abs(result.item() - loss.item()) <= max(1e-5, *(3 * abs(t[0].item() - loss.item()) for t in torchs))
+    found = {"input": image.grad, **{k: p.grad for k, p in model.named_parameters()}}
+    found |= {k: v for k, v in model.named_buffers() if "running" in k}
+    scale = max(truth[k].norm().item() for k, _ in model.named_parameters())
+    assert found.keys() == truth.keys()
+    for key, true in truth.items():
+        allowed = max(1e-4, *(3 * error(t[1][key], true, scale) for t in torchs))
+        wrong = error(found[key], true, scale)
+        assert wrong <= allowed, f"{key}: error {wrong:.3g}, allowed {allowed:.3g}"
+    assert all(int(v) == 1 for k, v in model.named_buffers() if "tracked" in k)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_some_steps(name: str) -> None:
+    """The losses of stock torch, step by step."""
+    losses = []
+    first = build(name)
+    for tier in ("native", "reference"):
+        model = copy.deepcopy(first)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.5, weight_decay=1e-4)
+        random = torch.Generator().manual_seed(2)
+        losses.append([])
+        with fastblocks.use_backend(tier):
+            for _ in range(5):
+                x = torch.randn(4, 3, 64, 64, generator=random)
+                optimizer.zero_grad()
+                loss = tF.cross_entropy(model(x), torch.randint(0, 10, (4,), generator=random))
+                loss.backward()
+                optimizer.step()
+                losses[-1].append(loss.item())
+    assert torch.tensor(losses[0]).sub(torch.tensor(losses[1])).abs().max() <= 1e-4 * max(1.0, *losses[1]), losses
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_are_chains(name: str) -> None:
+    """Several chains, for a tensor between two of them is where gradients become ready; far fewer than layers."""
+    model = build(name)
+    layers = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    with fastblocks.use_backend("native"):
+        count = chains(model(torch.randn(2, 3, 64, 64)))
+    assert 3 <= count <= layers // 4, (count, layers)
+    with fastblocks.use_backend("reference"):
+        assert chains(model(torch.randn(2, 3, 64, 64))) == 0
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_modes_may_change(backend: str, name: str) -> None:
+    """Training, then evaluation without gradients, then training: none of them sees what another left behind."""
+    model = build(name)
+    x = torch.randn(2, 3, 64, 64)
+    model(x).sum().backward()
+    model.eval()
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        logits = [model(x) for _ in range(3)]
+        with fastblocks.use_backend("reference"):
+            want = plain(x)
+    for found in logits:
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+    before = [b.clone() for b in model.buffers()]
+    model.train()(x).sum().backward()
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
