@@ -97,10 +97,12 @@ class Fused(HasSites, nn.Module):
                     return result
         return self._forward_checked(input)
 
-    def _chain_reason(self, x: Any) -> str | None:
-        """Why the layer is no chain of its own; None where it is one, or where no chain is wanted."""
+    def _part(self, x: Any) -> train.Part | str:
+        """The layer as a chain of its own, or why it is none."""
         units = train.layer_reason(self, x)
-        return units if isinstance(units, str) else self._shape_reason(x, units)
+        if isinstance(units, str):
+            return units
+        return self._shape_reason(x, units) or (self, units)
 
     def _wants_chain(self, x: Any) -> bool:
         """Whether the layer trains, or gradients are wanted."""
@@ -113,11 +115,11 @@ class Fused(HasSites, nn.Module):
         """The layer run as a chain of its own, or why that cannot be; None where no chain is wanted."""
         if not self._wants_chain(x):
             return None
-        reason = self._chain_reason(x)
-        if reason is not None:
-            return reason
-        self._check(x, train.units_of(self))
-        return train.run((self,), x)
+        part = self._part(x)
+        if isinstance(part, str):
+            return part
+        self._check(x, part[1])
+        return train.run((part,), x)
 
     def _forward_checked(self, x: Any) -> Any:
         chained = self._chained(x)
@@ -185,11 +187,8 @@ def why_not_fuse(layer: nn.Module, x: Any) -> str | None:
     if not isinstance(layer, Fused):
         return f"{type(layer).__name__} is no fused layer"
     if layer._wants_chain(x):
-        reason = layer._chain_reason(x)
-        if reason is None:
-            chain = train.chain_of((layer,), x)
-            reason = chain if isinstance(chain, str) else None
-        if reason is None:
+        part = layer._part(x)
+        if not isinstance(part, str) and not isinstance(train.chain_of((part,), x), str):
             return None
     fused = layer._fused(x)
     return fused if isinstance(fused, str) else None

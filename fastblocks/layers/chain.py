@@ -12,7 +12,7 @@ from fastblocks.functional import site
 from fastblocks.layers import train
 from fastblocks.layers.base import Fused
 from fastblocks.layers.fuse import HasSites, Unit, hooks_of, watched
-from fastblocks.layers.train import is_training, layer_reason, units_of, wants_gradients
+from fastblocks.layers.train import layer_reason
 
 
 def _called_plainly(module: nn.Module) -> bool:
@@ -62,32 +62,30 @@ def _trained(children: Iterable[Any], x: Any) -> Any:
     None where nothing trains. A chain ends behind a layer with a stride, where tensors are smallest.
     """
     layers = _flat(children)
-    known = [layer for layer in layers if isinstance(layer, Fused)]
-    every = [unit for layer in known for unit in units_of(layer)]
-    if not isinstance(x, Tensor) or not (is_training(every) or wants_gradients(x, every)):
+    if not isinstance(x, Tensor) or not any(isinstance(layer, Fused) and layer._wants_chain(x) for layer in layers):
         return None
-    run: list[Any] = []
+    parts: list[train.Part] = []
     for layer in layers:
         units = layer_reason(layer, x) if _runs_its_op_alone(layer) else ""
         if isinstance(units, str):
-            x = layer(_run(run, x))
-            run = []
+            x = layer(_run(parts, x))
+            parts = []
             continue
-        run.append(layer)
-        if len(run) > 1 and _has_stride(units):
-            x = _run(run, x)
-            run = []
-    return _run(run, x)
+        parts.append((layer, units))
+        if len(parts) > 1 and _has_stride(units):
+            x = _run(parts, x)
+            parts = []
+    return _run(parts, x)
 
 
-def _run(layers: list[Any], x: Any) -> Any:
+def _run(parts: list[train.Part], x: Any) -> Any:
     """Layers as one chain, or else one by one."""
-    if not layers:
+    if not parts:
         return x
-    result = train.run(layers, x)
+    result = train.run(parts, x)
     if isinstance(result, Tensor):
         return result
-    for layer in layers:
+    for layer, _ in parts:
         x = layer(x)
     return x
 

@@ -222,15 +222,16 @@ class Chain(NamedTuple):
     units: Sequence[Unit]
 
 
-def chain_of(layers: Sequence[Fused], x: Tensor) -> Chain | str:
-    """Layers, which were found fit by `layer_reason`, as one chain; or why they are none."""
+Part = tuple["Fused", tuple[Unit, ...]]
+"""A layer and its convolutions, as `layer_reason` found them fit."""
+
+
+def chain_of(parts: Sequence[Part], x: Tensor) -> Chain | str:
+    """Layers in a row as one chain; or why they are none."""
     builder = Builder(x)
     value = 0
     try:
-        for layer in layers:
-            units = layer._units()
-            if isinstance(units, str):
-                return units
+        for layer, units in parts:
             value = layer._describe(builder, value, units)
         program, tensors = builder.finish(value)
     except UnfitError as reason:
@@ -240,9 +241,9 @@ def chain_of(layers: Sequence[Fused], x: Tensor) -> Chain | str:
     return Chain(program, tensors, builder.units)
 
 
-def run(layers: Sequence[Fused], x: Tensor) -> Tensor | str:
+def run(parts: Sequence[Part], x: Tensor) -> Tensor | str:
     """Run layers as one chain; or why that cannot be."""
-    chain = chain_of(layers, x)
+    chain = chain_of(parts, x)
     if isinstance(chain, str):
         return chain
     result = training.chain(chain.program, x, chain.tensors)
