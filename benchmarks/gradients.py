@@ -32,9 +32,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from training import State, fresh_state, ours, stock
-
-from fastblocks.cli.report import _table as plain_table
+from training import State, fresh_state, ours, slim_table, stock, wide_console
 
 MODELS = ("mobilenet_v1", "mobilenet_v2", "shufflenet_v1_g3", "shufflenet_v2_x1_0")
 CLASSES = 1000
@@ -48,6 +46,7 @@ KINKS: dict[Callable[..., Any], tuple[float, ...]] = {
     F.relu_: (0.0,),
     torch.relu_: (0.0,),
     F.relu6: (0.0, 6.0),
+    F.hardtanh: (0.0, 6.0),  # which nn.ReLU6 calls
 }
 
 
@@ -151,8 +150,8 @@ def compare(name: str, seeds: int, batch: int, resolution: int) -> tuple[list[Ro
     rows = []
     for parameter in runs[0]:
         errors = [run[parameter] for run in runs]
-        medians = [statistics.median(error[side] for error in errors) for side in (0, 1)]
-        rows.append(Row(parameter, *medians, vanishing=any(error[2] for error in errors)))
+        mine, theirs = (statistics.median(error[side] for error in errors) for side in (0, 1))
+        rows.append(Row(parameter, mine, theirs, vanishing=any(error[2] for error in errors)))
     return sorted(rows, key=lambda row: -row.of_allowed), min(margins)
 
 
@@ -174,11 +173,8 @@ def print_network(result: dict[str, Any], console: Console) -> None:
     """A line on the network, and a table of the parameters that are nearest to the bar."""
     verdict = "[bold green]ok[/]" if result["ok"] else f"[bold red]missed by {result['missed']}[/]"
     facts = f"{result['parameters']} parameters and the input, {result['vanishing']} gradients vanish"
-    console.print(f"[bold]{result['model']}[/]: {verdict}  [dim]{facts}, {result['seconds']:.0f} s[/]")
-    table = plain_table()
-    table.add_column("nearest to the bar", no_wrap=True)
-    for heading in ("fastblocks", "torch float32", "ratio", "of the bar"):
-        table.add_column(heading, justify="right")
+    console.print(f"[bold]{result['model']}[/]: {verdict}  [dim]{facts}, {result['seconds']:.0f} s[/]", soft_wrap=True)
+    table = slim_table("nearest to the bar", "fastblocks", "torch float32", "ratio", "of the bar")
     for row in result["rows"][:SHOWN]:
         ratio = row["fastblocks"] / row["torch"] if row["torch"] else float("nan")
         numbers = (f"{row['fastblocks']:.1e}", f"{row['torch']:.1e}", f"{ratio:.2f}", f"{row['of_allowed']:.2f}")
@@ -197,7 +193,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all parameters' errors to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    console = Console(highlight=False)
+    console = wide_console()
     results = []
     for name in arguments.models:
         start = time.perf_counter()

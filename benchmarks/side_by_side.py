@@ -12,17 +12,16 @@ anything is timed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+from peers import Peer, reply
+
 PEERS = ("fastblocks", "eager", "channels_last", "compile", "onnxruntime", "openvino", "litert")
 
 
@@ -145,7 +144,7 @@ def serve(name: str, peer: str, folder: Path, threads: int) -> None:
     for _ in range(5):
         output = run()
     error = float(np.abs(output - expected).max() / np.abs(expected).max())
-    print(json.dumps({"error": error}), flush=True)
+    reply(error=error)
     for line in sys.stdin:
         seconds = float(line)
         times = []
@@ -155,41 +154,20 @@ def serve(name: str, peer: str, folder: Path, threads: int) -> None:
             start = time.perf_counter()
             run()
             times.append(time.perf_counter() - start)
-        print(json.dumps({"ms": statistics.median(times) * 1e3}), flush=True)
+        reply(ms=statistics.median(times) * 1e3)
 
 
-class Worker:
+class Worker(Peer):
+    """A peer, and its times."""
+
     def __init__(self, name: str, peer: str, python: str, folder: Path, threads: int):
-        self.peer = peer
+        options = {"--model": name, "--serve": peer, "--folder": folder, "--threads": threads}
+        command = [python, __file__, *(str(part) for option in options.items() for part in option)]
+        super().__init__(peer, command, {**os.environ, "OMP_NUM_THREADS": str(threads)})
         self.times: list[float] = []
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        command = [
-            python,
-            str(HERE / "side_by_side.py"),
-            "--model",
-            name,
-            "--serve",
-            peer,
-            "--folder",
-            str(folder),
-            "--threads",
-            str(threads),
-        ]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
-
-    def answer(self) -> dict:
-        """The next JSON line; what a library prints on the way is passed over."""
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError(self.process.stderr.read().strip().splitlines()[-1:])
 
     def measure(self, seconds: float) -> float:
-        self.process.stdin.write(f"{seconds}\n")
-        self.process.stdin.flush()
-        self.times.append(self.answer()["ms"])
+        self.times.append(self.ask(seconds)["ms"])
         return self.times[-1]
 
 
@@ -211,13 +189,13 @@ def start_workers(arguments, folder: Path) -> list[Worker]:
 
 
 def report(workers: list[Worker], arguments) -> None:
-    mine = next((w for w in workers if w.peer == "fastblocks"), None)
-    outside = [w for w in workers if w.peer in ("onnxruntime", "openvino", "litert")]
+    mine = next((w for w in workers if w.name == "fastblocks"), None)
+    outside = [w for w in workers if w.name in ("onnxruntime", "openvino", "litert")]
     rounds = range(len(workers[0].times))
     setting = f"batch {arguments.batch}, {arguments.threads} threads, {len(rounds)} rounds, {platform.machine()}"
     print(f"{arguments.model}, {setting}")
     for worker in workers:
-        line = f"{worker.peer:14s} {statistics.median(worker.times):8.2f} ms  (best {min(worker.times):.2f})"
+        line = f"{worker.name:14s} {statistics.median(worker.times):8.2f} ms  (best {min(worker.times):.2f})"
         if mine and worker is not mine:
             line += (
                 f"   fastblocks takes {statistics.median(mine.times[r] / worker.times[r] for r in rounds):.3f} of it"
@@ -225,7 +203,7 @@ def report(workers: list[Worker], arguments) -> None:
         print(line)
     if mine and outside:
         best = statistics.median(mine.times[r] / min(w.times[r] for w in outside) for r in rounds)
-        print(f"fastblocks against the best of {', '.join(w.peer for w in outside)}, round by round: {best:.3f}")
+        print(f"fastblocks against the best of {', '.join(w.name for w in outside)}, round by round: {best:.3f}")
 
 
 def main() -> None:
@@ -252,7 +230,7 @@ def main() -> None:
                 worker.measure(arguments.seconds)
         report(workers, arguments)
         for worker in workers:
-            worker.process.kill()
+            worker.close()
 
 
 if __name__ == "__main__":

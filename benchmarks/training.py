@@ -1,8 +1,13 @@
-"""What the benchmarks of training share: the networks in training mode, with the same weights on both sides."""
+"""What the benchmarks of training share: networks in training mode with the same weights on both sides, and a table."""
 
 from __future__ import annotations
 
+import sys
+
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
 import fastblocks
@@ -41,3 +46,17 @@ def _without_dropout(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
+
+
+def slim_table(first: str, *numbers: str) -> Table:
+    """A table that looks like the command line's, with a column of names and columns of numbers."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim")
+    table.add_column(first, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def wide_console() -> Console:
+    """Where tables go: as wide as the terminal, and wide enough where there is none."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
