@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastblocks
 from fastblocks import ConvBNAct, InvertedResidual
 from fastblocks.backends import reference, state
-from fastblocks.functional import ConvBN
+from fastblocks.functional import ConvBN, training
 
 
 def _tiers() -> list[Any]:
@@ -199,7 +199,7 @@ def children(layer: Any, x: Tensor) -> Tensor:
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the ops that layers run, as they run."""
+    """The names of the ops that layers run, as they run; "chain" is one in training or with gradients."""
     names: list[str] = []
 
     def recorded(name: str, function: Any) -> Any:
@@ -213,4 +213,5 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for table in (state.table, reference.TABLE):
         for name, function in list(table.items()):
             monkeypatch.setitem(table, name, recorded(name, function))
+    monkeypatch.setattr(training, "_forward", recorded("chain", training._forward))
     return names

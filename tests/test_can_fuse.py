@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from conftest import block, children, image
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+import fastblocks
 from fastblocks.functional import site
 from fastblocks.layers import can_fuse, why_not_fuse
 
@@ -30,7 +32,7 @@ HOOKS: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.parametrize("kind", HOOKS)
 def test_hooks_on_children(kind: str, fused: list[str]) -> None:
-    """On every child at any depth, set after the op has run; gone, the op runs again."""
+    """On every child at any depth, set after the op has run; gone, the op runs again. Gradients are recorded."""
     layer, x = block(), image()
     # torch's backward hooks do not bear in-place neighbours
     layer.conv[0][2].inplace = layer.conv[1][2].inplace = False
@@ -42,11 +44,16 @@ def test_hooks_on_children(kind: str, fused: list[str]) -> None:
         fused.clear()
         assert "has hooks" in (why_not_fuse(layer, x) or ""), name
         layer(x)
-        assert not [op for op in fused if op == "inverted_residual"], name
+        # the layers inside may be chains of their own, but then fewer than three convolutions are in one
+        assert "inverted_residual" not in fused and (not fused or fused[0] == "chain"), name
         handle.remove()
         assert can_fuse(layer, x)
+    fused.clear()
     layer(x)
-    assert fused[-1] == "inverted_residual"
+    assert fused == ["chain"]
+    with torch.no_grad():
+        layer(x)
+    assert fused == ["chain", "inverted_residual"]
 
 
 def test_a_forward_hook_sees_what_it_should(fused: list[str]) -> None:
@@ -64,8 +71,10 @@ def test_hooks_on_the_layer_itself_do_not_matter(fused: list[str]) -> None:
     layer, x = block(), image()
     seen = []
     layer.register_forward_hook(lambda module, args, output: seen.append(1))
-    layer(x), layer(x)
-    assert seen == [1, 1] and fused == ["inverted_residual"] * 2
+    layer(x)
+    with torch.no_grad():
+        layer(x)
+    assert seen == [1, 1] and fused == ["chain", "inverted_residual"]
 
 
 def test_global_hooks(fused: list[str]) -> None:
@@ -148,12 +157,6 @@ def test_surgery(backend: str, after: bool, fused: list[str]) -> None:
     def parametrized(layer: Any) -> None:
         parametrizations.weight_norm(layer.conv[2])
 
-    def statistics(layer: Any) -> None:
-        layer.conv[3] = nn.BatchNorm2d(8, track_running_stats=False).eval()
-
-    def unfrozen(layer: Any) -> None:
-        layer.conv[0][1].train()
-
     for change, words in (
         (swap, "has 2 groups"),
         (direct, "is a Sequential, not an nn.Conv2d"),
@@ -168,8 +171,6 @@ def test_surgery(backend: str, after: bool, fused: list[str]) -> None:
         (dilated, "that the op does not know"),
         (pruned, "has hooks"),
         (parametrized, "ParametrizedConv2d"),
-        (statistics, "has no running statistics"),
-        (unfrozen, "is in training mode"),
     ):
         layer, x = block(), image()
         if after:
@@ -182,6 +183,33 @@ def test_surgery(backend: str, after: bool, fused: list[str]) -> None:
         if change is parametrized:
             parametrize.remove_parametrizations(layer.conv[2], "weight")
             assert can_fuse(layer, x)
+
+
+def test_one_norm_that_trains(backend: str, fused: list[str]) -> None:
+    """Where one BatchNorm uses the batch's statistics the layer is a chain, with or without gradients."""
+
+    def training(layer: Any) -> None:
+        layer.conv[0][1].train()
+
+    def without_statistics(layer: Any) -> None:
+        layer.conv[3] = nn.BatchNorm2d(8, track_running_stats=False).eval()
+
+    for after, change in itertools.product((False, True), (training, without_statistics)):
+        layer, x = block(), image()
+        if after:
+            layer(x), layer(x)
+        change(layer)
+        other = copy.deepcopy(layer)
+        for context in (torch.no_grad, torch.enable_grad):
+            fused.clear()
+            with context():
+                y = layer(x)
+            own = list(fused)
+            with torch.no_grad(), fastblocks.use_backend("reference"):
+                torch.testing.assert_close(y, children(other, x), rtol=1e-5, atol=1e-5)
+            assert "inverted_residual" not in own and ("chain" in own) == (backend != "reference")
+        for a, b in zip(layer.buffers(), other.buffers(), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_changes_that_the_op_follows(backend: str, fused: list[str]) -> None:
@@ -250,7 +278,9 @@ def test_inputs_and_contexts(backend: str, fused: list[str]) -> None:
         transform(x[None])
     assert not fused
     torch.func.functional_call(layer, dict(layer.named_parameters()), (x,))
-    assert fused
+    with torch.no_grad():
+        torch.func.functional_call(layer, dict(layer.named_parameters()), (x,))
+    assert fused == ["chain"] * (backend != "reference") + ["inverted_residual"] * (2 - (backend != "reference"))
     assert why_not_fuse(nn.Linear(3, 3), x) == "Linear is no fused layer"
     assert "str" in (why_not_fuse(layer, "image") or "")
 

@@ -34,10 +34,12 @@ def image(n: int = 4) -> Tensor:
 
 
 def same(found: Any, want: Any, tolerance: float = 1e-5) -> None:
+    """Norm-wise; what is small beside the rest has the rest's roundings."""
     assert found.keys() == want.keys()
+    scale = max(expected.double().norm().item() for expected in want.values())
     for name, expected in want.items():
-        scale = tolerance * (1 + expected.abs().max().item())
-        torch.testing.assert_close(found[name], expected, rtol=tolerance, atol=scale, msg=lambda m, n=name: f"{n}: {m}")
+        wrong = (found[name].double() - expected.double()).norm().item()
+        assert wrong <= tolerance * max(expected.double().norm().item(), 0.05 * scale), (name, wrong)
 
 
 @pytest.mark.parametrize("kind", ["block", "unit", "network"])
@@ -45,7 +47,7 @@ def test_compile(backend: str, kind: str) -> None:
     """One graph, forward and backward, in training mode."""
     model, x = {
         "block": lambda: (lively(InvertedResidual(8, 8)), torch.randn(2, 8, 7, 7)),
-        "unit": lambda: (lively(ShuffleUnit(8, 8, 1, 2)), torch.randn(2, 8, 7, 7)),
+        "unit": lambda: (lively(ShuffleUnit(24, 24, 1, 2)), torch.randn(2, 24, 7, 7)),
         "network": lambda: (small(), image()),
     }[kind]()
     other = copy.deepcopy(model)
@@ -53,7 +55,7 @@ def test_compile(backend: str, kind: str) -> None:
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     want, found = step(model, model, x), step(other, compiled, x)
     torch.testing.assert_close(found.y, want.y, rtol=1e-5, atol=1e-5)
-    same(found.grads, want.grads, 2e-5)
+    same(found.grads, want.grads)
     same(found.statistics, want.statistics)
 
 
@@ -175,8 +177,12 @@ def test_hooks_on_children(backend: str) -> None:
     """A hook on a child, a container or a layer in a row is called, and the numbers stay."""
     x = torch.randn(2, 8, 5, 5)
     row = lively(Sequential(InvertedResidual(8, 8), InvertedResidual(8, 8), InvertedResidual(8, 8)))
+    for act in (m for m in row.modules() if isinstance(m, nn.ReLU6)):
+        act.inplace = False  # torch refuses it behind a backward hook
+    calls: list[str] = []
     for module in (row[1].conv[0][1], row[1].conv[1], row[1].conv, row[1]):
-        other, calls = copy.deepcopy(row), []
+        other = copy.deepcopy(row)
+        calls.clear()
         want = step(other, lambda x, other=other: leaves(other, x), x)
         handles = [
             module.register_forward_hook(lambda *_: calls.append("forward")),
@@ -195,23 +201,24 @@ def test_hooks_on_children(backend: str) -> None:
 
 def test_transforms(backend: str) -> None:
     """torch.func: gradients by functional_call, and gradients of each image with frozen statistics."""
-    layer = lively(InvertedResidual(8, 8))
+    # torch has no transform of an update of statistics
+    layer = lively(InvertedResidual(8, 8, norm_layer=lambda n: nn.BatchNorm2d(n, track_running_stats=False)))
     x = torch.randn(3, 8, 5, 5)
-    plain = copy.deepcopy(layer)
 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(layer, parameters, (x,)).square().sum()
 
+    def gradients(layer: Any) -> dict[str, Any]:
+        plain = copy.deepcopy(layer)
+        leaves(plain, x).square().sum().backward()
+        return {k: p.grad for k, p in plain.named_parameters()}
+
     parameters = {k: p.detach() for k, p in layer.named_parameters()}
-    leaves(plain, x).square().sum().backward()
-    want = {k: p.grad for k, p in plain.named_parameters()}
-    same(grad(loss)(parameters, x), want, 1e-4)
-    layer.eval()
+    same(grad(loss)(parameters, x), gradients(layer), 1e-4)
+    layer = lively(InvertedResidual(8, 8)).eval()
+    parameters = {k: p.detach() for k, p in layer.named_parameters()}
     each = vmap(grad(loss), in_dims=(None, 0))(parameters, x.unsqueeze(1))
-    plain.load_state_dict(layer.state_dict())
-    plain.eval().zero_grad()
-    leaves(plain, x).square().sum().backward()
-    same({k: v.sum(0) for k, v in each.items()}, {k: p.grad for k, p in plain.named_parameters()}, 1e-4)
+    same({k: v.sum(0) for k, v in each.items()}, gradients(layer), 1e-4)
 
 
 def test_functional_call_with_other_parameters(backend: str) -> None:

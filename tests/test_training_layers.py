@@ -206,51 +206,30 @@ def test_shuffle_unit_v2(tier: str, stride: int) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- rows
 
-ROWS: dict[str, tuple[Callable[[], Any], int, int]] = {
-    "pool": (lambda: Sequential(ConvBNAct(3, 24, 3, 2, activation_layer=nn.ReLU), MaxPool2d(3, 2, 1)), 3, 2),
-    "pool first": (lambda: Sequential(MaxPool2d((2, 3), (1, 2), (0, 1)), PointwiseConvBNAct(17, 8)), 17, 1),
-    "pool amid": (lambda: Sequential(PointwiseConvBNAct(8, 24), MaxPool2d(2), InvertedResidual(24, 24)), 8, 1),
-    "mobilenet": (
-        lambda: Sequential(ConvBNAct(3, 8, 3, 2), DepthwiseSeparableConv(8, 17), InvertedResidual(17, 17)),
-        3,
-        2,
-    ),
-    "residuals": (lambda: Sequential(*(InvertedResidual(8, 8, 1, r) for r in (1, 6, 2))), 8, 1),
+ROWS: dict[str, tuple[Callable[[], Any], int]] = {
+    "pool": (lambda: Sequential(ConvBNAct(3, 24, 3, 2, activation_layer=nn.ReLU), MaxPool2d(3, 2, 1)), 3),
+    "pool first": (lambda: Sequential(MaxPool2d((2, 3), (1, 2), (0, 1)), PointwiseConvBNAct(17, 8)), 17),
+    "pool amid": (lambda: Sequential(PointwiseConvBNAct(8, 24), MaxPool2d(2), InvertedResidual(24, 24)), 8),
+    "stem": (lambda: Sequential(ConvBNAct(3, 8, 3, 2), DepthwiseSeparableConv(8, 17), InvertedResidual(17, 17)), 3),
+    "residuals": (lambda: Sequential(*(InvertedResidual(8, 8, 1, r) for r in (1, 6, 2))), 8),
     "strides": (
         lambda: Sequential(InvertedResidual(8, 24, 2), InvertedResidual(24, 24), InvertedResidual(24, 17, 2)),
         8,
-        2,
     ),
-    "units": (
-        lambda: Sequential(
-            ShuffleUnit(24, 48, 2, 3, first_grouped=False), *(ShuffleUnit(48, 48, 1, 3) for _ in range(2))
-        ),
-        24,
-        1,
-    ),
-    "units v2": (
-        lambda: Sequential(ShuffleUnitV2(24, 58, 2), ShuffleUnitV2(58, 58, 1), ShuffleUnitV2(58, 58, 1)),
-        24,
-        1,
-    ),
-    "mixed": (
-        lambda: Sequential(
-            ShuffleUnitV2(8, 8, 1), InvertedResidual(8, 8), ShuffleUnit(8, 8, 1, 2), ShuffleUnitV2(8, 8, 1)
-        ),
-        8,
-        1,
-    ),
-    "convolution and join": (lambda: Sequential(PointwiseConvBNAct(8, 16), ShuffleUnitV2(16, 16, 1)), 8, 1),
-    "convolution and unit": (lambda: Sequential(PointwiseConvBNAct(8, 16), ShuffleUnit(16, 32, 2, 2)), 8, 1),
-    "convolution and residual": (lambda: Sequential(PointwiseConvBNAct(8, 16), InvertedResidual(16, 16)), 8, 1),
-    "nested": (lambda: Sequential(Sequential(PointwiseConvBNAct(8, 8)), Sequential(DepthwiseConvBNAct(8))), 8, 1),
+    "units": (lambda: Sequential(ShuffleUnit(24, 48, 2, 3, False), *(ShuffleUnit(48, 48, 1, 3) for _ in range(2))), 24),
+    "units v2": (lambda: Sequential(ShuffleUnitV2(24, 58, 2), *(ShuffleUnitV2(58, 58, 1) for _ in range(2))), 24),
+    "mixed": (lambda: Sequential(ShuffleUnitV2(8, 8, 1), InvertedResidual(8, 8), ShuffleUnit(8, 8, 1, 2)), 8),
+    "join": (lambda: Sequential(PointwiseConvBNAct(8, 16), ShuffleUnitV2(16, 16, 1), ShuffleUnitV2(16, 16, 1)), 8),
+    "convolution and unit": (lambda: Sequential(PointwiseConvBNAct(8, 16), ShuffleUnit(16, 32, 2, 2)), 8),
+    "convolution and residual": (lambda: Sequential(PointwiseConvBNAct(8, 16), InvertedResidual(16, 16)), 8),
+    "nested": (lambda: Sequential(Sequential(PointwiseConvBNAct(8, 8)), Sequential(DepthwiseConvBNAct(8))), 8),
 }
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows(tier: str, name: str) -> None:
     """Layers in a row: fewer chains than layers, the numbers of the layers one by one."""
-    make, channels, _ = ROWS[name]
+    make, channels = ROWS[name]
     layers = lively(make())
     for x in both_formats(torch.randn(2, channels, 11, 9)):
         found = check_step(layers, x)
@@ -299,7 +278,7 @@ def test_input_layouts(backend: str, name: str) -> None:
         check_step(layer, x, note=layout)
     check_step(layer, torch.randn(1, 6, 6, 8).expand(3, -1, -1, -1), note="expanded")
     x = torch.randn(1, 6, 6, 8).contiguous(memory_format=torch.channels_last)
-    check_step(layer, x.as_strided(x.shape, (7, *x.stride()[1:])), note="odd batch stride")
+    check_step(layer, x.as_strided(x.shape, (7, *x.stride()[1:])), note="odd batch stride", formats=False)
 
 
 def test_inputs_that_do_not_fit_a_row(backend: str) -> None:
@@ -340,22 +319,10 @@ def test_weight_layouts(backend: str) -> None:
     """channels_last weights, and weights that are views with gaps, get gradients of their own shape."""
     for make in LAYERS.values():
         layer = lively(make()).to(memory_format=torch.channels_last)
-        check_step(layer, torch.randn(2, 6, 6, 8))
+        check_step(layer, torch.randn(2, 6, 6, 8), formats=False)
         for module in layer.modules():
             if isinstance(module, nn.Conv2d):
                 gaps = module.weight.detach().repeat_interleave(2, 0)[::2]
                 module.weight = nn.Parameter(gaps)
         layer.zero_grad()
-        check_step(layer, torch.randn(2, 6, 6, 8).contiguous(memory_format=torch.channels_last))
-
-
-def test_only_some_channels_of_the_output_get_a_gradient(backend: str) -> None:
-    layer = lively(fastblocks.ShuffleUnitV2(12, 12, 1))
-    x = torch.randn(2, 12, 5, 5)
-
-    def one(y: Tensor) -> Tensor:
-        g = torch.zeros_like(y)
-        g[:, 3] = 1.0 + torch.arange(5.0)
-        return g
-
-    check_step(layer, x, one)
+        check_step(layer, torch.randn(2, 6, 6, 8).contiguous(memory_format=torch.channels_last), formats=False)

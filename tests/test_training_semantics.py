@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from training import check_step, count_chains, leaves, lively, step
 
+import fastblocks
 from fastblocks import (
     ConvBNAct,
     DepthwiseSeparableConv,

@@ -14,6 +14,7 @@ from conftest import settled
 from torch import Tensor, nn
 from units import BLOCKS, UNITS, image, one_by_one
 
+import fastblocks
 from fastblocks import ConvBNAct
 from fastblocks.layers import can_fuse, why_not_fuse
 
@@ -47,7 +48,8 @@ def test_training_is_that_of_the_children(backend: str, name: str) -> None:
     for p, q in zip((*layer.parameters(), *layer.buffers()), (*other.parameters(), *other.buffers()), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
         if p.grad is not None:
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
+            # norm-wise: a gradient behind BatchNorm is a difference of large sums
+            assert (p.grad - q.grad).norm() <= 1e-5 * (q.grad.norm() + 100)
 
 
 @pytest.mark.parametrize("name", UNITS)
@@ -186,7 +188,6 @@ SURGERY: list[tuple[str, Callable[[Any], None], str | None]] = [
     ("separable", _set("depthwise", _doubled), "depthwise is a Doubled, not a ConvBNAct"),
     ("separable", _set("more", nn.Tanh), "the layer has other children"),
     ("separable", lambda layer: layer.pointwise.append(nn.Tanh()), "pointwise has 4 children"),
-    ("separable", _set("pointwise.1.training", lambda: True), "pointwise.normalisation is in training mode"),
     ("unit", _set("shuffle", lambda: nn.ChannelShuffle(3)), None),
     ("unit", _set("shuffle", nn.Identity), "shuffle is a Identity, not a ChannelShuffle"),
     ("unit", _set("shuffle.groups", lambda: 1), "compress.convolution has 3 groups, the shuffle has 1"),
@@ -286,5 +287,8 @@ def test_frozen_batch_norm(backend: str, fused: list[str]) -> None:
         before = {k: v.clone() for k, v in layer.state_dict().items()}
         fused.clear()
         layer(x).sum().backward()
-        assert fused[:1] == [op]
+        assert fused[:1] == ["chain" if fastblocks.current_backend() == "native" else op]
+        with torch.no_grad():
+            layer(x)
+        assert fused[-1] == op
         assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())

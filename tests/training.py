@@ -95,7 +95,7 @@ def check_same(found: Step, plains: list[Step], truth: Step, note: object = "", 
             assert ours.isfinite().all(), f"{note}: {name}"
             wrong, allowed = error(ours, true, scale), max(least, *(3 * error(t, true, scale) for t in torchs))
             # a gradient that nearly cancels out has the roundings of what cancelled
-            allowed += 2e-7 * scale / true.norm().item() if true.norm().item() > 1e-9 * scale > 0 else 0.0
+            allowed += 3e-6 * scale / true.norm().item() if true.norm().item() > 1e-9 * scale > 0 else 0.0
             assert wrong <= allowed, f"{note}: {name} has an error of {wrong:.3g}, allowed {allowed:.3g}"
     for name, true in truth.statistics.items():
         ours = found.statistics[name]
@@ -110,15 +110,13 @@ def check_same(found: Step, plains: list[Step], truth: Step, note: object = "", 
 
 
 def _almost(layer: Any, x: Tensor) -> Iterator[tuple[Any, Tensor]]:
-    """Copies of the layer and its input, the last ones not quite equal."""
+    """The layer and its input, the last time not quite equal."""
     yield copy.deepcopy(layer), x
     yield copy.deepcopy(layer), x.contiguous(memory_format=torch.channels_last)
-    for _ in range(2):
-        other = copy.deepcopy(layer)
-        with torch.no_grad():
-            for p in other.parameters():
-                p.mul_(1 + 2**-23 * torch.randn_like(p))
-        yield other, x * (1 + 2**-23 * torch.randn_like(x))
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.mul_(1 + 2**-23 * torch.randn_like(p))
+    yield layer, x * (1 + 2**-23 * torch.randn_like(x))
 
 
 def check_step(
@@ -128,8 +126,10 @@ def check_step(
     *,
     note: object = "",
     least: float = 1e-5,
+    formats: bool = True,
 ) -> Step:
     """A step of a layer against its leaves in float64. `grad` makes the gradient from the output; None is the sum's.
+    With `formats`, the output's memory format is the leaves' too, which a shuffle in plain torch does not keep.
 
     How large torch's own error is, is seen in runs in both memory formats and with inputs and weights that are wrong in
     their last bits. One run alone may be right by chance where a gradient is a single value.
@@ -142,7 +142,8 @@ def check_step(
     true = step(truth, partial(leaves, truth), x.double(), None if g is None else g.double())
     found = step(layer, layer, x, g)
     shuffles = any(isinstance(module, (ShuffleUnit, ShuffleUnitV2)) for module in layer.modules())
-    if not shuffles and all(p.is_contiguous() for p in layer.parameters()):
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    if formats and dense and not shuffles:
         assert significant_strides(found.y) == significant_strides(like), (note, found.y.stride(), like.stride())
     check_same(found, torchs, true, note, least)
     return found

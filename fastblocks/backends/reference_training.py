@@ -18,7 +18,8 @@ def _conv(x: Tensor, node: Node, tensors: Tensors, index: int, update: bool) -> 
     if node.channels >= 0:
         x = x[:, node.first : node.first + node.channels]
     x = channel_shuffle(x, node.shuffle) if node.shuffle > 1 else x
-    z = F.conv2d(x, tensors.weights[index], None, node.stride, node.padding, node.dilation, node.groups)
+    groups = x.shape[1] if node.kind == Kind.DEPTHWISE else node.groups
+    z = F.conv2d(x, tensors.weights[index], None, node.stride, node.padding, node.dilation, groups)
     mean, var = tensors.running[2 * index : 2 * index + 2] if node.frozen or (node.update and update) else (None, None)
     weight, bias = tensors.affine[2 * index : 2 * index + 2]
     y = F.batch_norm(z, mean, var, weight, bias, not node.frozen, tensors.momenta[index], node.eps)
