@@ -17,7 +17,7 @@ constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kChunk = 8 * kHugePage;
 constexpr size_t kLargestCarved = kHugePage;
 
-// Slabs of their own mapping are kept while all slabs, used and unused, take no more than one and a half times what was ever in
+// Slabs of their own mapping are kept while all slabs, used and unused, take no more than five quarters of what was ever in
 // use at once (a program that repeats itself then finds a slab of each size), or this; carved ones stay with their chunk.
 constexpr int64_t kLimit = int64_t(128) << 20;
 
@@ -173,7 +173,7 @@ void* acquire_slab(size_t bytes) {
   if (slab->chunk) ++slab->chunk->live;
   p.stats.active_bytes += slab->bytes;
   p.stats.peak_active_bytes = std::max(p.stats.peak_active_bytes, p.stats.active_bytes);
-  p.stats.limit_bytes = std::max(kLimit, p.stats.peak_active_bytes / 2 * 3);
+  p.stats.limit_bytes = std::max(kLimit, p.stats.peak_active_bytes / 4 * 5);
   if (!hit) p.trim();
   return slab + 1;
 }

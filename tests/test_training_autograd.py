@@ -87,7 +87,9 @@ def test_second_derivatives(backend: str, layer: Any, training: bool) -> None:
     for model, run in ((layer, layer), (copy.deepcopy(layer).double(), None), (copy.deepcopy(layer), None)):
         source = x.to(next(model.parameters()).dtype).requires_grad_()
         y = run(source) if run is not None else leaves(model, source)
-        grads = torch.autograd.grad(y.square().sum(), [source, *model.parameters()], create_graph=True)
+        # the plain sum of squares behind a BatchNorm is a constant, nearly
+        weights = torch.linspace(-1.0, 1.0, y.numel(), dtype=y.dtype).view_as(y)
+        grads = torch.autograd.grad((y.sin() * weights).sum(), [source, *model.parameters()], create_graph=True)
         penalty = sum((g.square().sum() for g in grads[:3]), torch.zeros(()))
         found.append(torch.autograd.grad(penalty, [source, *model.parameters()], allow_unused=True))
     largest = max(truth.norm().item() for truth in found[1] if truth is not None)
@@ -95,7 +97,7 @@ def test_second_derivatives(backend: str, layer: Any, training: bool) -> None:
         assert (ours is None) == (truth is None)
         if truth is not None:
             scale = max(1e-9, truth.norm().item(), 1e-3 * largest)
-            allowed = max(1e-3, 20 * (torchs - truth).norm().item() / scale)
+            allowed = max(1e-3, 10 * (torchs - truth).norm().item() / scale)
             assert (ours - truth).norm().item() / scale <= allowed
 
 

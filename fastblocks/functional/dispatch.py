@@ -11,7 +11,13 @@ from torch.compiler import is_compiling
 
 from fastblocks.backends import reference, state
 from fastblocks.functional.autograd import differentiable
-from fastblocks.functional.plain import autocast, functorch_level, nothing_watches, readable
+from fastblocks.functional.plain import (
+    autocast,
+    forward_derivatives,
+    functorch_level,
+    nothing_watches,
+    readable,
+)
 from fastblocks.functional.registration import OPS
 
 _grad = torch.is_grad_enabled
@@ -40,7 +46,7 @@ def run(name: str, args: tuple[Any, ...], tensors: Iterable[Any]) -> Any:
     if table is None or input.dtype is not torch.float32 or not input.is_cpu:
         # plain torch calls trace, transform and differentiate by themselves
         return reference.TABLE[name](*args)
-    if functorch_level() is not None or autocast():
+    if functorch_level() is not None or autocast() or forward_derivatives():
         return reference.TABLE[name](*args)
     tensors = tuple(tensors)
     if not nothing_watches() or not readable(tensors):

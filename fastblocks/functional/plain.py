@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 autocast = torch._C._is_any_autocast_enabled
 dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -17,6 +18,11 @@ profiling = torch.autograd._profiler_enabled
 tracing_state = torch._C._get_tracing_state
 
 _KINDS = (Tensor, torch.nn.Parameter)
+
+
+def forward_derivatives() -> bool:
+    """Whether torch.autograd.forward_ad is at work."""
+    return forward_ad._current_level >= 0
 
 
 def nothing_watches() -> bool:

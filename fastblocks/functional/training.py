@@ -16,7 +16,7 @@ from torch import Tensor
 from fastblocks.backends import chain_functions, reference_training, state
 from fastblocks.backends.layout import suggests_channels_last
 from fastblocks.backends.program import Kind, Program, Tensors, output_is_saved
-from fastblocks.functional.plain import nothing_watches, readable
+from fastblocks.functional.plain import forward_derivatives, gradient_batch, nothing_watches, readable
 
 
 @lru_cache(maxsize=512)
@@ -90,7 +90,7 @@ class _Chain(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         found, saved = rest[:count], rest[count:]
         needs = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled() or not readable((grad,)):
+        if torch.is_grad_enabled() or gradient_batch(grad) or not readable((grad,)):
             return (None, None, *_differentiated(call, x, found, needs, grad))
         output = saved.pop() if ctx.has_output else None
         wanted = [needs[0]]
@@ -126,7 +126,8 @@ def _differentiated(call: _Call, x: Tensor, found: Sequence[Tensor], needs: Sequ
 def takes(x: Tensor, tensors: Tensors) -> bool:
     """Whether the native tier may run a chain on these tensors, here and now."""
     every = (x, *tensors.weights, *tensors.affine, *tensors.running)
-    return state.native is not None and nothing_watches() and readable(every) and x.dim() == 4 and x.numel() > 0
+    plain = nothing_watches() and not forward_derivatives() and readable(every)
+    return state.native is not None and plain and x.dim() == 4 and x.numel() > 0
 
 
 def chain(program: Program, x: Tensor, tensors: Tensors) -> Tensor:

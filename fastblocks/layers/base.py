@@ -61,6 +61,8 @@ class Fused(HasSites, nn.Module):
 
     def _describe(self, builder: train.Builder, value: int, units: tuple[Unit, ...]) -> int:
         """The layer as a part of a chain: the value that it makes of another. One convolution after the other."""
+        if not units:
+            raise train.UnfitError(f"a {type(self).__name__} is no part of a chain")
         for unit in units:
             value = builder.conv(value, unit)
         return value

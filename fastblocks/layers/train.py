@@ -37,13 +37,15 @@ def _size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) 
 
 def _is_frozen(bn: Any) -> bool:
     """Whether a BatchNorm uses its running statistics: torch's rule."""
-    return not bn.training and bn.running_mean is not None
+    return not (bn.training or bn.running_mean is None or bn.running_var is None)
 
 
 class Builder:
     """Makes a program from layers. Values are numbers; 0 is the input."""
 
     def __init__(self, x: Tensor) -> None:
+        if x.dim() != 4:
+            raise UnfitError("the input is not batched")
         self.images = x.shape[0]
         self.shapes: list[Shape] = [tuple(x.shape[1:])]  # type: ignore[list-item]
         self.nodes: list[Node] = []
@@ -89,7 +91,9 @@ class Builder:
         else:
             raise UnfitError(f"{name}convolution is none that a chain has")
         frozen = _is_frozen(bn)
-        update = bn.training and bn.running_mean is not None
+        update = bn.training and bn.track_running_stats and bn.running_mean is not None
+        if bn.momentum is None and any(known.bn is bn for known in self.units):
+            raise UnfitError(f"{name}normalisation has cumulative statistics and comes twice")
         kernel: Pair = (weight.shape[2], weight.shape[3])
         geometry = zip((h, w), kernel, conv.stride, conv.padding, conv.dilation, strict=True)
         h, w = (_size(*sizes) for sizes in geometry)
@@ -228,9 +232,9 @@ Part = tuple["Fused", tuple[Unit, ...]]
 
 def chain_of(parts: Sequence[Part], x: Tensor) -> Chain | str:
     """Layers in a row as one chain; or why they are none."""
-    builder = Builder(x)
     value = 0
     try:
+        builder = Builder(x)
         for layer, units in parts:
             value = layer._describe(builder, value, units)
         program, tensors = builder.finish(value)
