@@ -80,7 +80,7 @@ class Backward {
   // An output with a vector's or a weight's shape, or null where it is not wanted.
   float* wanted(const Node& node, int part, const TensorView& like);
   Gradient gradient(const Node& node, int64_t value);
-  // The merge of a weight's gradient, in a stage of its own choosing: with the next small pass.
+  // The merge of a weight's gradient waits for the next stage of small passes.
   void merge_later(int64_t items, int64_t rows, int64_t columns, int64_t stride, Memory memory,
                    std::vector<int64_t> row_offsets, std::vector<int64_t> column_offsets, float* out);
   void flush_merges();

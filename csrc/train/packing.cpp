@@ -34,10 +34,10 @@ const float* pack_forward(Plan& plan, const Bound& b, const Node& node) {
   if (node.kind == Kind::kDense) {
     // It is small, and laid out as the kernel of inference has it.
     const int64_t depth = w.size[1] * w.size[2] * w.size[3];
-    auto pack = std::make_shared<std::vector<float>>(kernels().pack_gemm_floats(w.size[0], depth) + 16);
+    float* const pack = plan.floats(kernels().pack_gemm_floats(w.size[0], depth));
     std::vector<int64_t> offsets(depth);
-    kernels().pack_conv(w.data, w.size[0], w.size[1], w.size + 2, w.stride, b.planar, offsets.data(), pack->data());
-    return plan.keep(std::vector<float>(std::move(*pack)));
+    kernels().pack_conv(w.data, w.size[0], w.size[1], w.size + 2, w.stride, b.planar, offsets.data(), pack);
+    return pack;
   }
   const int64_t n = w.size[0] / node.groups;
   PackMatrix p{w.data, node.groups, n, w.size[1], n * w.stride[0], w.stride[0], nullptr, nullptr};

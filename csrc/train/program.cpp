@@ -10,7 +10,7 @@ namespace train {
 namespace {
 
 const char* const kName = "fastblocks.program";
-constexpr Py_ssize_t kFields = 20;
+constexpr Py_ssize_t kFields = 19;
 
 Node read_node(PyObject* tuple) {
   PyObject** f = items(tuple, kFields);
@@ -23,7 +23,6 @@ Node read_node(PyObject* tuple) {
   for (int i = 0; i < 2; ++i)
     n.stride[i] = v[7 + i], n.padding[i] = v[9 + i], n.dilation[i] = v[11 + i], n.kernel[i] = v[13 + i];
   n.activation = v[15], n.frozen = v[16] != 0, n.update = v[17] != 0;
-  require(v[18] == 0, "fastblocks._C: a field that is not used");
   n.eps = number(f[kFields - 1]);
   n.conv = -1;
   return n;

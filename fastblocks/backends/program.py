@@ -60,7 +60,7 @@ class Node(NamedTuple):
         """For the extension."""
         pairs = (*self.stride, *self.padding, *self.dilation, *self.kernel)
         head = (int(self.kind), self.input, self.first, self.channels, self.other, self.groups, self.shuffle)
-        return (*head, *pairs, self.activation, int(self.frozen), int(self.update), 0, self.eps)
+        return (*head, *pairs, self.activation, int(self.frozen), int(self.update), self.eps)
 
 
 Program = tuple[Node, ...]
