@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from one_step import check_step, leaves, lively
 from test_training_semantics import LAYERS, image, results
 from torch import Tensor
-from training import check_step, leaves, lively
 
 import fastblocks
 from fastblocks import (

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from one_step import chains, leaves, lively, step
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
-from training import chains, leaves, lively, step
 
 import fastblocks
 from fastblocks import ConvBNAct, DepthwiseSeparableConv, InvertedResidual, Sequential, ShuffleUnit, ShuffleUnitV2

@@ -10,8 +10,8 @@ import torch
 from conftest import layouts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from one_step import check_step, count_chains, lively
 from torch import Tensor, nn
-from training import check_step, count_chains, lively
 
 import fastblocks
 from fastblocks import (

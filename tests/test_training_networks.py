@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as tF
+from one_step import chains, error
 from plain_networks import Plain
 from torch import Tensor, nn
-from training import chains, error
 
 import fastblocks
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from one_step import check_step, count_chains, leaves, lively, step
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from training import check_step, count_chains, leaves, lively, step
 
 import fastblocks
 from fastblocks import (
