@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as tF
+from one_step import error
 from plain_networks import Plain, close, lively, plainly
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -173,18 +174,25 @@ def test_gradients_in_eval_mode(backend: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_training_step_is_that_of_the_children(backend: str, name: str) -> None:
-    """Loss, statistics and new weights with this package's shuffles and layers, and with torch alone."""
+    """Statistics and new weights with this package's layers and with torch alone: as near to float64."""
     first = models.create(name, num_classes=10)
-    second = copy.deepcopy(first)
+    for module in first.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # draws other numbers in float64
+    second, truth = copy.deepcopy(first), copy.deepcopy(first).double()
     x, target = torch.randn(4, 3, 64, 64), torch.tensor([1, 2, 3, 4])
-    for model, tier in ((first, fastblocks.current_backend()), (second, "reference")):
+    for model, tier in ((first, fastblocks.current_backend()), (second, "reference"), (truth, "reference")):
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         with fastblocks.use_backend(tier):
-            torch.manual_seed(7)
-            tF.cross_entropy(model(x), target).backward()
+            tF.cross_entropy(model(x.to(next(model.parameters()).dtype)), target).backward()
         optimizer.step()
-    for (key, p), q in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=key)
+    for (key, p), q, true in zip(
+        first.state_dict().items(), second.state_dict().values(), truth.state_dict().values(), strict=True
+    ):
+        if true.is_floating_point():
+            assert error(p, true, 1.0) <= max(1e-4, 3 * error(q, true, 1.0)), key
+        else:
+            assert torch.equal(p, true), key
 
 
 @pytest.mark.parametrize("name", FAMILIES)
