@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../ops/calls.h"
+#include "../parallel.h"
 #include "packing.h"
 #include "plan.h"
 #include "program.h"
@@ -117,7 +118,7 @@ class Forward {
     auto p = std::make_shared<ConvParams>(b_.dense(node, value));
     p->packed_weight = weights_[value - 1];
     Work work{};
-    kernels().conv.prepare(p.get(), 2, &work);
+    kernels().conv.prepare(p.get(), worker_count(), &work);
     if (work.shared) *work.shared = plan_.floats((int64_t)(work.shared_bytes / sizeof(float)) + 16);
     kernels().conv.begin(p.get());
     plan_.keep(std::vector<std::shared_ptr<ConvParams>>{p});

@@ -131,7 +131,7 @@ def takes(x: Tensor, tensors: Tensors) -> bool:
 
 
 def chain(program: Program, x: Tensor, tensors: Tensors) -> Tensor:
-    """Run a chain, by the native tier where it takes the tensors and else by the reference.
+    """Run a chain by the native tier, which `takes` these tensors.
 
     Args:
         program: the nodes; the last one stores its value.
@@ -141,8 +141,6 @@ def chain(program: Program, x: Tensor, tensors: Tensors) -> Tensor:
     Returns:
         The value of the last node. Running statistics are updated where the program says so.
     """
-    if not takes(x, tensors):
-        return reference_training.chain(program, x, tensors)
     found = [*tensors.weights, *(t for t in tensors.affine if t is not None)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *found)):
         result: Tensor = _Chain.apply(_Call(program, tensors), tensors.momenta, x, *found)
