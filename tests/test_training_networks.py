@@ -104,7 +104,7 @@ def losses(first: nn.Module, tier: str, dtype: torch.dtype, wrong: float = 0.0) 
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1 + wrong * torch.randn(p.shape, generator=noise))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.5, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.5, weight_decay=1e-4)
     found = []
     with fastblocks.use_backend(tier):
         for _ in range(5):
