@@ -119,7 +119,7 @@ def losses(first: nn.Module, tier: str, dtype: torch.dtype, wrong: float = 0.0) 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_some_steps(name: str) -> None:
-    """The losses of stock torch to 1e-3 (the first to 1e-4), or, where a last bit changes those by more, as near to float64's as they are.
+    """The losses of stock torch to 1e-3, the first to 1e-4, or as near to float64's as torch's where a bit tells more.
 
     Networks at their first steps multiply an error tenfold or more a step: torch's float32 itself is off by that.
     """
