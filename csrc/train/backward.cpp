@@ -34,7 +34,7 @@ void Backward::build(const Image& grad) {
     const Node& n = nodes_[i];
     if (!n.is_conv() || !needs_[n.input]) continue;
     const TrainDepthwise depthwise = n.kind == Kind::kDepthwise ? b_.depthwise(n, (int64_t)i + 1) : TrainDepthwise{};
-    weights_[i] = pack_backward(plan_, b_, n, n.kind == Kind::kDepthwise ? &depthwise : nullptr);
+    weights_[i] = pack_backward(plan_, b_, (int64_t)i, n.kind == Kind::kDepthwise ? &depthwise : nullptr);
   }
   plan_.stage();
   const int64_t last = (int64_t)nodes_.size();
@@ -98,39 +98,17 @@ void Backward::add_pool_cat(const Node& node, int64_t value) {
   add_pool(node, value, grads_[value].data, grads_[value].stride);
 }
 
-void Backward::add_interleave(const Node& node, int64_t value) {
-  InterleaveGrad p{};
-  p.pixels = b_.shapes[value].pixels(), p.channels = b_.shapes[value].c / 2;
+void Backward::add_interleave(const Node&, int64_t value) {
+  if (!b_.stored[value]) return;  // its readers gave their gradients to those it was made of
+  const Route& route = b_.routes[value - 1];
+  GradPiece* const pieces = targets(route);
+  GatherGrad p{};
+  p.pixels = b_.shapes[value].pixels(), p.channels = b_.shapes[value].c, p.pieces = (int64_t)route.pieces.size();
   p.g = grads_[value].data, p.stride = grads_[value].stride;
-  const int64_t left = node.input, index = value - 1;
-  const bool slice = p.channels < b_.shapes[left].c, last = earliest_[left] == index;
-  Grad to{}, right{};
-  const Grad before = grads_[left];
-  if (needs_[left]) {
-    to = target(left, last && !before.data, slice);
-    p.left = to.data + node.first, p.left_stride = to.stride;
-    if (last && !slice && !before.data) p.left_finish = finish_of(left);
-  }
-  if (needs_[node.other]) {
-    right = fresh(node.other);
-    p.right = right.data, p.right_stride = right.stride, p.right_finish = finish_of(node.other);
-  }
+  p.order = plan_.keep(gather_order(route, &p.halves)), p.dx = pieces;
   plan_.stage();
-  InterleaveGrad* job = plan_.add(kernels().train.interleave_grad, p);
-  if (needs_[left]) {
-    grads_[left] = to;
-    if (slice) {
-      if (last) finish_pass(left, nullptr);
-    } else if (before.data) {
-      pass_sum(left, before, last);
-    } else if (last) {
-      want_sums(left, job->items, &job->left_finish);
-    }
-  }
-  if (needs_[node.other]) {
-    grads_[node.other] = right;
-    want_sums(node.other, job->items, &job->right_finish);
-  }
+  GatherGrad* job = plan_.add(kernels().train.gather_grad, p);
+  job->sums = want_sums(route, pieces, job->items, job->sums_stride);
   plan_.stage();
 }
 
@@ -168,7 +146,8 @@ PyObject* backward(PyObject* const* args) {
   const Node& end = program.nodes.back();
   if (end.kind == Kind::kAdd && end.activation) b.values[last] = same_image(saved[0], b.shapes[last]);
   b.norms = same_floats(saved[1], b.norm_floats);
-  for (size_t i = 1; i < last; ++i) b.values[i] = same_image(saved[i + 1], b.shapes[i]);
+  for (size_t i = 1; i < last; ++i)
+    if (b.stored[i]) b.values[i] = same_image(saved[i + 1], b.shapes[i]);
   size_t at = last + 1;
   for (size_t i = 0; i < program.nodes.size(); ++i)
     if (program.nodes[i].kind == Kind::kMaxPool)

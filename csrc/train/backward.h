@@ -23,11 +23,10 @@ struct Grad {
   int64_t stride;
 };
 
-// What the sums of a finished gradient are and which items made them.
+// Sums of some channels of a finished gradient, and their memory.
 struct NormSums {
   Memory memory;
-  double* partials;
-  int64_t items;
+  NormSegment segment;
 };
 
 // A weight's gradient whose items must still be merged.
@@ -51,6 +50,10 @@ class Backward {
   bool is_plain(int64_t value) const;
   // Memory for the sums that a job with `items` items makes of a value's gradient.
   void want_sums(int64_t value, int64_t items, Finish* finish);
+  // Where the gradients of a route's pieces go; each is finished there.
+  GradPiece* targets(const Route& route);
+  // Memory for the sums of all pieces, [item][2][stride]; null where none has any.
+  double* want_sums(const Route& route, GradPiece* pieces, int64_t items, int64_t stride);
   // A pass of its own: adds `addend` to the gradient and finishes it.
   void finish_pass(int64_t value, const Grad* addend);
   Grad fresh(int64_t value);
@@ -101,7 +104,7 @@ class Backward {
   std::vector<bool> needs_;        // a value: its gradient
   std::vector<int64_t> earliest_;  // a value: the node that is the last of its readers to be visited
   std::vector<Grad> grads_;
-  std::vector<NormSums> sums_;
+  std::vector<std::vector<NormSums>> sums_;  // a convolution
   std::vector<Merge> merges_;
   bool delivered_ = false;
 };

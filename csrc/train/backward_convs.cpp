@@ -1,6 +1,7 @@
 // Convolutions.
 #include "backward.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "../ops/calls.h"
@@ -19,9 +20,11 @@ Gradient Backward::gradient(const Node& node, int64_t value) {
   const Shape& out = b_.shapes[value];
   const int64_t stride = round16(out.c);
   const TensorView vector{nullptr, 1, {out.c, 1, 1, 1}, {1, 1, 1, 1}};
-  const NormSums& s = sums_[node.conv];
+  std::vector<NormSegment> segments;
+  for (const NormSums& s : sums_[node.conv]) segments.push_back(s.segment);
   NormBackward p{};
-  p.channels = out.c, p.items = s.items, p.count = out.pixels(), p.partials = s.partials, p.frozen = node.frozen;
+  p.channels = out.c, p.count = out.pixels(), p.frozen = node.frozen;
+  p.segment_count = (int64_t)segments.size(), p.segments = plan_.keep(std::move(segments));
   p.norm = b_.norm(node);
   p.slope = plan_.floats(2 * stride), p.offset = p.slope + stride;
   p.grad_weight = wanted(node, 1, vector), p.grad_bias = wanted(node, 2, vector);
@@ -29,7 +32,7 @@ Gradient Backward::gradient(const Node& node, int64_t value) {
   flush_merges();
   plan_.add(kernels().train.norm_backward, p);
   plan_.stage();
-  sums_[node.conv] = {};
+  sums_[node.conv].clear();
   return {grads_[value].data, grads_[value].stride, b_.values[value], p.norm.mean, p.norm.scale, p.slope, p.offset};
 }
 
@@ -86,25 +89,35 @@ void Backward::add_pointwise(const Node& node, int64_t value, const Gradient& dy
   const Shape &in = b_.shapes[node.input], &out = b_.shapes[value];
   p.pixels = out.pixels(), p.out_channels = out.c, p.groups = node.groups;
   p.in_channels = node.channels < 0 ? in.c : node.channels;
-  p.dy = dy, p.x = b_.source(node.input, node.first), p.zeros = zeros_;
+  const Route& route = b_.routes[value - 1];
+  p.dy = dy, p.x = plan_.keep(b_.sources(route)), p.pieces = (int64_t)route.pieces.size(), p.zeros = zeros_;
   PointwiseGrad* job = nullptr;
-  const auto fill = [&](const Grad& to, const Grad& addend, const Finish& finish) {
-    p.weight = weights_[value - 1];
-    if (to.data) p.dx = to.data + node.first, p.dx_stride = to.stride;
-    p.addend = addend.data, p.addend_stride = addend.stride, p.finish = finish;
+  const auto add = [&](const GradPiece* pieces) {
+    p.dx = pieces;
     job = plan_.add(kernels().train.pointwise_grad, p);
-    return std::pair<int64_t, Finish*>(job->items, &job->finish);
   };
-  if (dx)
-    contribute(node, value - 1, fill);
-  else
-    fill({}, {}, {});
+  dx = dx && std::any_of(route.pieces.begin(), route.pieces.end(), [&](const Piece& piece) { return needs_[piece.value]; });
+  if (dx) p.weight = weights_[value - 1];
+  if (!dx) {
+    add(plan_.keep(std::vector<GradPiece>(route.pieces.size())));
+  } else if (b_.gathers(node)) {
+    GradPiece* const pieces = targets(route);
+    add(pieces);
+    job->sums = want_sums(route, pieces, job->items, job->sums_stride);
+  } else {
+    contribute(node, value - 1, [&](const Grad& to, const Grad& addend, const Finish& finish) {
+      p.addend = addend.data, p.addend_stride = addend.stride;
+      GradPiece* const piece = plan_.keep(std::vector<GradPiece>{{to.data + node.first, to.stride, finish, p.in_channels}});
+      add(piece);
+      return std::pair<int64_t, Finish*>(job->items, &piece->finish);
+    });
+    job->sums = job->dx->finish.partials;
+  }
   if (!dw) return;
   Memory memory = plan_.take(job->items * out.c * job->weight_stride * sizeof(float));
   job->weight_partials = floats(memory);
-  std::vector<int64_t> rows(out.c), columns(like.size[1]);
+  std::vector<int64_t> rows(out.c), columns = depth_offsets(like, route);
   for (int64_t i = 0; i < out.c; ++i) rows[i] = i * like.stride[0];
-  for (int64_t i = 0; i < like.size[1]; ++i) columns[i] = i * like.stride[1];
   merge_later(job->items, out.c, like.size[1], job->weight_stride, std::move(memory), std::move(rows), std::move(columns), dw);
 }
 

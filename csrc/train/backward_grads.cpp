@@ -46,10 +46,48 @@ void Backward::want_sums(int64_t value, int64_t items, Finish* finish) {
   int64_t of;
   const Node* conv = summed(value, &of);
   if (!conv) return;
-  NormSums& s = sums_[conv->conv];
-  s.items = items;
-  s.memory = plan_.take(items * 2 * round16(b_.shapes[value].c) * sizeof(double));
-  s.partials = finish->partials = doubles(s.memory);
+  const int64_t channels = b_.shapes[value].c, stride = round16(channels);
+  const Memory memory = plan_.take(items * 2 * stride * sizeof(double));
+  finish->partials = doubles(memory);
+  sums_[conv->conv].push_back({memory, {0, channels, items, 2 * stride, finish->partials, finish->partials + stride}});
+}
+
+GradPiece* Backward::targets(const Route& route) {
+  std::vector<GradPiece> pieces;
+  for (const Piece& piece : route.pieces) {
+    const int64_t value = piece.value, first = piece.first;
+    GradPiece p{};
+    p.channels = piece.channels;
+    if (needs_[value]) {
+      const bool whole = piece.channels == b_.shapes[value].c;
+      if (!grads_[value].data) grads_[value] = target(value, true, false);
+      p.dx = grads_[value].data + first, p.stride = grads_[value].stride;
+      p.finish = finish_of(value);
+      p.finish.stream = whole && route.pieces.size() == 1 && p.stride == piece.channels && streams(b_.shapes[value]);
+      if (p.finish.z) p.finish.z += first, p.finish.norm = moved(p.finish.norm, first);
+      if (p.finish.y) p.finish.y += first;
+    }
+    pieces.push_back(p);
+  }
+  return plan_.keep(std::move(pieces));
+}
+
+double* Backward::want_sums(const Route& route, GradPiece* pieces, int64_t items, int64_t stride) {
+  Memory memory;
+  int64_t at = 0;
+  for (size_t i = 0; i < route.pieces.size(); ++i) {
+    const Piece& piece = route.pieces[i];
+    int64_t of;
+    const Node* conv = pieces[i].dx ? summed(piece.value, &of) : nullptr;
+    if (conv) {
+      if (!memory) memory = plan_.take(items * 2 * stride * sizeof(double));
+      double* const sums = doubles(memory) + at;
+      pieces[i].finish.partials = sums;
+      sums_[conv->conv].push_back({memory, {piece.first, piece.channels, items, 2 * stride, sums, sums + stride}});
+    }
+    at += round16(piece.channels);
+  }
+  return doubles(memory);
 }
 
 void Backward::finish_pass(int64_t value, const Grad* addend) {

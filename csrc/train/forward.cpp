@@ -30,8 +30,9 @@ class Forward {
     const auto& nodes = b_.program->nodes;
     weights_.resize(nodes.size());
     for (size_t i = 0; i < nodes.size(); ++i)
-      if (nodes[i].is_conv()) weights_[i] = pack_forward(plan_, b_, nodes[i]);
+      if (nodes[i].is_conv()) weights_[i] = pack_forward(plan_, b_, (int64_t)i);
     for (size_t i = 0; i < nodes.size(); ++i) {
+      if (!b_.stored[i + 1]) continue;
       plan_.stage();
       add(nodes[i], (int64_t)i + 1);
     }
@@ -46,7 +47,7 @@ class Forward {
         TrainPointwise p{};
         p.pixels = out.pixels(), p.out_channels = out.c, p.groups = node.groups;
         p.in_channels = node.channels < 0 ? in.c : node.channels;
-        p.x = b_.source(node.input, node.first);
+        p.x = plan_.keep(b_.sources(b_.routes[value - 1])), p.pieces = (int64_t)b_.routes[value - 1].pieces.size();
         p.weight = weights_[value - 1], p.zeros = zeros_, p.z = b_.values[value];
         p.stream = !node.frozen && streams(out);
         TrainPointwise* job = plan_.add(t.pointwise, p);
@@ -86,10 +87,12 @@ class Forward {
         return;
       }
       case Kind::kInterleave: {
-        InterleaveJoin p{};
-        p.pixels = out.pixels(), p.channels = out.c / 2, p.y = b_.values[value];
-        p.left = b_.source(node.input, node.first), p.right = b_.source(node.other);
-        plan_.add(t.interleave, p);
+        const Route& route = b_.routes[value - 1];
+        Gather p{};
+        p.pixels = out.pixels(), p.channels = out.c, p.y = b_.values[value];
+        p.x = plan_.keep(b_.sources(route)), p.pieces = (int64_t)route.pieces.size();
+        p.order = plan_.keep(gather_order(route, &p.halves));
+        plan_.add(t.gather, p);
         return;
       }
       case Kind::kMaxPool: plan_.add(t.pool, pool_of(b_, node, value)); return;
@@ -145,6 +148,15 @@ TrainPool pool_of(const Bound& b, const Node& node, int64_t value) {
   return p;
 }
 
+std::vector<int32_t> gather_order(const Route& route, bool* halves) {
+  const int64_t channels = (int64_t)route.order.size();
+  std::vector<int32_t> order(channels);
+  for (int64_t i = 0; i < channels; ++i) order[route.order[i]] = (int32_t)i;
+  *halves = route.pieces.size() == 2;
+  for (int64_t c = 0; c < channels; ++c) *halves = *halves && order[c] == c / 2 + c % 2 * (channels / 2);
+  return order;
+}
+
 int64_t zeros_needed(const Bound& b) {
   int64_t most = 0;
   for (const Shape& s : b.shapes) most = s.c > most ? s.c : most;
@@ -156,7 +168,7 @@ int64_t zeros_needed(const Bound& b) {
 }
 
 // (program, input, weights, affine, running, momenta): a list of the output, the norms' constants, the values of all nodes but
-// the last, and where maxima were.
+// the last (None where one is not stored), and where maxima were.
 PyObject* forward(PyObject* const* args) {
   const Program& program = program_of(args[0]);
   Bound b(program, args[1], args[2], args[3]);
@@ -180,7 +192,12 @@ PyObject* forward(PyObject* const* args) {
   value(last);
   outputs.push_back(floats_output(b.norm_floats));
   b.norms = outputs.back()->data();
-  for (size_t i = 1; i < last; ++i) value(i);
+  for (size_t i = 1; i < last; ++i) {
+    if (b.stored[i])
+      value(i);
+    else
+      outputs.push_back(nullptr);
+  }
   for (size_t i = 0; i < program.nodes.size(); ++i)
     if (program.nodes[i].kind == Kind::kMaxPool) {
       outputs.push_back(floats_output(b.shapes[i + 1].floats() / 4 + 1));
@@ -190,7 +207,8 @@ PyObject* forward(PyObject* const* args) {
   Forward(b, plan).build();
   run_plan(plan);
   const Ref list = Ref::checked(PyList_New((Py_ssize_t)outputs.size()));
-  for (size_t i = 0; i < outputs.size(); ++i) PyList_SET_ITEM(list.get(), (Py_ssize_t)i, outputs[i]->tensor().release());
+  for (size_t i = 0; i < outputs.size(); ++i)
+    PyList_SET_ITEM(list.get(), (Py_ssize_t)i, outputs[i] ? outputs[i]->tensor().release() : Ref::borrow(Py_None).release());
   return Ref::borrow(list.get()).release();
 }
 

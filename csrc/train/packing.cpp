@@ -6,18 +6,26 @@ namespace train {
 // Half of the last-level cache of a few cores. (What the system reports may be the sum over many.)
 constexpr int64_t kStreamBytes = int64_t(16) << 20;
 
-std::vector<int64_t> depth_offsets(const TensorView& weight) {
+std::vector<int64_t> depth_offsets(const TensorView& weight, const Route& route) {
   std::vector<int64_t> offsets;
-  for (int64_t c = 0; c < weight.size[1]; ++c)
+  for (int64_t i = 0; i < weight.size[1]; ++i) {
+    const int64_t c = route.order.empty() ? i : route.order[i];
     for (int64_t y = 0; y < weight.size[2]; ++y)
       for (int64_t x = 0; x < weight.size[3]; ++x)
         offsets.push_back(c * weight.stride[1] + y * weight.stride[2] + x * weight.stride[3]);
+  }
   return offsets;
 }
 
 bool streams(const Shape& shape) { return shape.c % kPadding == 0 && shape.floats() * (int64_t)sizeof(float) > kStreamBytes; }
 
 namespace {
+
+std::vector<int64_t> multiples(int64_t count, int64_t step) {
+  std::vector<int64_t> offsets(count);
+  for (int64_t i = 0; i < count; ++i) offsets[i] = i * step;
+  return offsets;
+}
 
 const float* pack_taps(Plan& plan, const TensorView& w, bool flip) {
   PackTaps p{w.data, w.size[0], {w.size[2], w.size[3]}, {w.stride[0], w.stride[2], w.stride[3]}, flip, nullptr};
@@ -28,7 +36,8 @@ const float* pack_taps(Plan& plan, const TensorView& w, bool flip) {
 
 }  // namespace
 
-const float* pack_forward(Plan& plan, const Bound& b, const Node& node) {
+const float* pack_forward(Plan& plan, const Bound& b, int64_t index) {
+  const Node& node = b.program->nodes[index];
   const TensorView& w = b.convs[node.conv].weight;
   if (node.kind == Kind::kDepthwise) return pack_taps(plan, w, false);
   if (node.kind == Kind::kDense) {
@@ -40,34 +49,23 @@ const float* pack_forward(Plan& plan, const Bound& b, const Node& node) {
     return pack;
   }
   const int64_t n = w.size[0] / node.groups;
-  PackMatrix p{w.data, node.groups, n, w.size[1], n * w.stride[0], w.stride[0], nullptr, nullptr};
-  p.depth_offsets = plan.keep(depth_offsets(w));
+  PackMatrix p{w.data, node.groups, n, w.size[1], n * w.stride[0], nullptr, nullptr, nullptr};
+  p.channel_offsets = plan.keep(multiples(n, w.stride[0]));
+  p.depth_offsets = plan.keep(depth_offsets(w, b.routes[index]));
   p.out = plan.floats(node.groups * round16(n) * w.size[1]);
   plan.add(kernels().train.pack_matrix, p);
   return p.out;
 }
 
-const float* pack_backward(Plan& plan, const Bound& b, const Node& node, const TrainDepthwise* depthwise) {
+const float* pack_backward(Plan& plan, const Bound& b, int64_t index, const TrainDepthwise* depthwise) {
+  const Node& node = b.program->nodes[index];
   const TensorView& w = b.convs[node.conv].weight;
   if (depthwise) return pack_taps(plan, w, flips(*depthwise));
   // Of the transposed matrix: its channels are the weight's depth.
   const int64_t n = w.size[0] / node.groups, depth = w.size[1] * w.size[2] * w.size[3];
-  std::vector<int64_t> offsets(n);
-  for (int64_t i = 0; i < n; ++i) offsets[i] = i * w.stride[0];
-  if (node.kind == Kind::kDense) {
-    // Any strides: the matrix is copied first.
-    const std::vector<int64_t> from = depth_offsets(w);
-    std::vector<float> matrix(n * depth);
-    for (int64_t i = 0; i < n; ++i) {
-      for (int64_t k = 0; k < depth; ++k) matrix[i * depth + k] = w.data[i * w.stride[0] + from[k]];
-      offsets[i] = i * depth;
-    }
-    PackMatrix p{plan.keep(std::move(matrix)), 1, depth, n, 0, 1, plan.keep(std::move(offsets)), nullptr};
-    p.out = plan.floats(round16(depth) * n);
-    plan.add(kernels().train.pack_matrix, p);
-    return p.out;
-  }
-  PackMatrix p{w.data, node.groups, depth, n, n * w.stride[0], w.stride[1], plan.keep(std::move(offsets)), nullptr};
+  PackMatrix p{w.data, node.groups, depth, n, n * w.stride[0], nullptr, nullptr, nullptr};
+  p.channel_offsets = plan.keep(depth_offsets(w, b.routes[index]));
+  p.depth_offsets = plan.keep(multiples(n, w.stride[0]));
   p.out = plan.floats(node.groups * round16(depth) * n);
   plan.add(kernels().train.pack_matrix, p);
   return p.out;

@@ -16,14 +16,16 @@ namespace train {
 
 inline int64_t round16(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
 
-// Each adds a job to the plan's current stage, and returns where the packed weight will be.
-const float* pack_forward(Plan& plan, const Bound& b, const Node& node);
+// Each adds a job to the plan's current stage, and returns where the packed weight of a node will be.
+const float* pack_forward(Plan& plan, const Bound& b, int64_t index);
 // For the gradient of the input.
-const float* pack_backward(Plan& plan, const Bound& b, const Node& node, const TrainDepthwise* depthwise);
+const float* pack_backward(Plan& plan, const Bound& b, int64_t index, const TrainDepthwise* depthwise);
 
-// Element offsets of a dense weight's depth, in the order (channel, row, column).
-std::vector<int64_t> depth_offsets(const TensorView& weight);
+// Element offsets of a weight's depth, in the order (channel, row, column), or that in which the input's channels are read.
+std::vector<int64_t> depth_offsets(const TensorView& weight, const Route& route = {});
 
+// Where among a route's pieces each channel is; `halves`: they are two, taken by turns.
+std::vector<int32_t> gather_order(const Route& route, bool* halves);
 TrainPool pool_of(const Bound& b, const Node& node, int64_t value);
 // Whether a dense value of this size is written past the caches: where it is too large for them, and in whole cache lines.
 bool streams(const Shape& shape);

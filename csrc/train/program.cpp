@@ -154,6 +154,7 @@ Bound::Bound(const Program& p, PyObject* input, PyObject* weights, PyObject* aff
     require_sizes({out.n, out.h, out.w, out.c});
     shapes.push_back(out);
   }
+  find_routes();
   values.assign(shapes.size(), nullptr);
   values[0] = x.image.data;
   places.assign(p.nodes.size(), nullptr);
@@ -170,11 +171,16 @@ Source Bound::source(int64_t value, int64_t first) const {
   Source s{values[value] + first, value ? shapes[value].c : x.image.pixel_stride, {}, {-INFINITY, INFINITY}};
   const Node* node = maker(value);
   if (node && node->is_conv()) {
-    const Norm n = norm(*node);
-    s.norm = {n.mean + first, n.scale + first, n.shift + first, n.inverse + first};
+    s.norm = moved(norm(*node), first);
     s.clamp = node->clamp();
   }
   return s;
+}
+
+std::vector<SourcePiece> Bound::sources(const Route& route) const {
+  std::vector<SourcePiece> pieces;
+  for (const Piece& piece : route.pieces) pieces.push_back({source(piece.value, piece.first), piece.channels});
+  return pieces;
 }
 
 TrainDepthwise Bound::depthwise(const Node& node, int64_t value) const {

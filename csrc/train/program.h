@@ -53,11 +53,25 @@ struct ConvTensors {
   double momentum;
 };
 
+// Some channels of a value.
+struct Piece {
+  int64_t value, first, channels;
+};
+
+// What a 1x1 convolution or an interleaving reads: pieces of stored values, side by side.
+struct Route {
+  std::vector<Piece> pieces;
+  std::vector<int64_t> order;  // which of the node's channels lies there
+};
+
 // A program with the sizes of one call, and the addresses that both directions need.
 struct Bound {
   const Program* program;
   std::vector<Shape> shapes;  // a value
   std::vector<ConvTensors> convs;
+  std::vector<Route> routes;    // a node
+  std::vector<bool> stored;     // a value: an interleaving whose readers take its channels from where they were made is not
+  std::vector<bool> read_once;  // a value: each channel has one reader, and that can gather
   ImageInput x;
   bool planar;                        // x is NCHW, for a dense convolution
   std::vector<int64_t> norm_offsets;  // of each convolution's constants
@@ -73,7 +87,18 @@ struct Bound {
   Source source(int64_t value, int64_t first = 0) const;
   TrainDepthwise depthwise(const Node& node, int64_t value) const;
   ConvParams dense(const Node& node, int64_t value) const;
+  // Whether a 1x1 convolution gives the gradient of each piece that it reads to where that was made.
+  bool gathers(const Node& node) const { return read_once[node.input]; }
+  std::vector<SourcePiece> sources(const Route& route) const;
+
+ private:
+  void find_routes();
 };
+
+// The constants from a channel on.
+inline Norm moved(const Norm& n, int64_t first) {
+  return {n.mean + first, n.scale + first, n.shift + first, n.inverse + first};
+}
 
 const Program& program_of(PyObject* capsule);
 

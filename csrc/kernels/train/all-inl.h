@@ -26,8 +26,8 @@ TrainTable train_table() {
   t.moments = {moments_prepare, moments_run};
   t.join = {join_prepare, join_run};
   t.finish = {finish_prepare, finish_run};
-  t.interleave = {interleave_prepare, interleave_run};
-  t.interleave_grad = {interleave_grad_prepare, interleave_grad_run};
+  t.gather = {gather_prepare, gather_run};
+  t.gather_grad = {gather_grad_prepare, gather_grad_run};
   t.pool = {train_pool_prepare, train_pool_run};
   t.pool_grad = {pool_grad_prepare, pool_grad_run};
   return t;

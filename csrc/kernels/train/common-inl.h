@@ -77,6 +77,15 @@ inline void read_source(const Source& s, const float* z, int64_t pixels, int64_t
                  [&](int64_t c, auto lanes) { store(out + c, clamped(normalised(load_some(z + c, lanes), n, c), low, high)); });
 }
 
+// All channels of some pixels of several values, side by side.
+inline void read_pieces(const SourcePiece* pieces, int64_t count, int64_t pixel, int64_t pixels, float* out, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Source& s = pieces[i].source;
+    read_source(s, s.data + pixel * s.stride, pixels, 0, pieces[i].channels, out, stride);
+    out += pieces[i].channels;
+  }
+}
+
 // The gradient of z, the same way; `pixel` counts from the beginning.
 inline void read_gradient(const Gradient& d, int64_t pixel, int64_t pixels, int64_t all_channels, int64_t first,
                           int64_t channels, float* out, int64_t stride) {
@@ -201,6 +210,7 @@ FASTBLOCKS_INLINE Vec masked(Vec g, Vec v, const Clamp& clamp) {
 struct Sums {
   double *g, *gz;  // padded
   static size_t bytes(int64_t channels) { return 2 * room<double>(padded(channels)); }
+  Sums(double* first, double* second) : g(first), gz(second) {}
   Sums(int64_t channels, Scratch& scratch)
       : g(scratch.take<double>(padded(channels))), gz(scratch.take<double>(padded(channels))) {}
   void clear(int64_t channels) {
@@ -279,6 +289,28 @@ inline void finish(const Finish& f, const float* g, int64_t g_stride, float* out
     return f.partials ? either(Number<(int)Mask::kOutput>(), Number<1>()) : either(Number<(int)Mask::kOutput>(), Number<0>());
   if (f.partials) return either(Number<(int)Mask::kNone>(), Number<1>());
   if (g != out) either(Number<(int)Mask::kNone>(), Number<0>());
+}
+
+// Each piece's sums are padded.
+template <class Params>
+FASTBLOCKS_INLINE int64_t sums_of_pieces(const Params& p) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < p.pieces; ++i) total += padded(p.dx[i].channels);
+  return total;
+}
+
+// The gradients of some pixels of all pieces, side by side at `g`, to where they belong.
+inline void finish_pieces(const GradPiece* pieces, int64_t count, const float* g, int64_t g_stride, int64_t pixel,
+                          int64_t pixels, const Sums& sums) {
+  Sums at = sums;
+  for (int64_t i = 0; i < count; ++i) {
+    const GradPiece& piece = pieces[i];
+    if (piece.dx)
+      finish(piece.finish, g, g_stride, piece.dx + pixel * piece.stride, piece.stride, pixel, pixels, 0, piece.channels, at);
+    g += piece.channels;
+    at.g += padded(piece.channels);
+    at.gz += padded(piece.channels);
+  }
 }
 
 // Cuts `pixels` into items of about `wanted` pixels, at most `most` items.

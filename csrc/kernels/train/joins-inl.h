@@ -1,5 +1,5 @@
 // The passes that no convolution can take along: statistics of an output that another kernel wrote, sums of branches, a chain's
-// end, ShuffleNetV2's interleaving.
+// end, channels of several values in one.
 #pragma once
 
 #include "../shuffle-inl.h"
@@ -100,27 +100,31 @@ inline void finish_prepare(void* params, TrainWork* work) {
   *work = {p.items, Sums::bytes(p.channels) + room<float>(kPassBlock * round_up(p.channels, kLanes) + kPadding)};
 }
 
-inline void interleave_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
-  const InterleaveJoin& p = *static_cast<const InterleaveJoin*>(params);
+inline void gather_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
+  const Gather& p = *static_cast<const Gather*>(params);
   Scratch scratch(memory);
-  const int64_t stride = round_up(p.channels, kLanes);
-  float* left = scratch.take<float>(kPassBlock * stride + kPadding);
-  float* right = scratch.take<float>(kPassBlock * stride + kPadding);
+  const int64_t stride = panel_row(p.channels);
+  float* rows = scratch.take<float>(kPassBlock * stride + kPadding);
   for (int64_t item = begin; item < end; ++item)
     for_blocks(p, item, [&](int64_t m, int64_t pixels) {
-      read_source(p.left, p.left.data + m * p.left.stride, pixels, 0, p.channels, left, stride);
-      read_source(p.right, p.right.data + m * p.right.stride, pixels, 0, p.channels, right, stride);
+      read_pieces(p.x, p.pieces, m, pixels, rows, stride);
       for (int64_t i = 0; i < pixels; ++i) {
-        const float* streams[2] = {left + i * stride, right + i * stride};
-        interleave_exact<2>(streams, 0, 2 * p.channels, p.y + (m + i) * 2 * p.channels);
+        const float* row = rows + i * stride;
+        float* y = p.y + (m + i) * p.channels;
+        if (p.halves) {
+          const float* streams[2] = {row, row + p.channels / 2};
+          interleave_exact<2>(streams, 0, p.channels, y);
+        } else {
+          for (int64_t c = 0; c < p.channels; ++c) y[c] = row[p.order[c]];
+        }
       }
     });
 }
 
-inline void interleave_prepare(void* params, TrainWork* work) {
-  InterleaveJoin& p = *static_cast<InterleaveJoin*>(params);
+inline void gather_prepare(void* params, TrainWork* work) {
+  Gather& p = *static_cast<Gather*>(params);
   cut_pass(p);
-  *work = {p.items, 2 * room<float>(kPassBlock * round_up(p.channels, kLanes) + kPadding)};
+  *work = {p.items, room<float>(kPassBlock * panel_row(p.channels) + kPadding)};
 }
 
 template <int... E>
@@ -143,34 +147,34 @@ inline void deal(const float* from, int64_t count, float* even, float* odd) {
   for (; c < count; ++c) even[c] = from[2 * c], odd[c] = from[2 * c + 1];
 }
 
-inline void interleave_grad_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
-  const InterleaveGrad& p = *static_cast<const InterleaveGrad*>(params);
+inline void gather_grad_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
+  const GatherGrad& p = *static_cast<const GatherGrad*>(params);
   Scratch scratch(memory);
-  const int64_t stride = round_up(p.channels, kLanes);
-  float* left = scratch.take<float>(kPassBlock * stride + kPadding);
-  float* right = scratch.take<float>(kPassBlock * stride + kPadding);
-  Sums left_sums(p.channels, scratch), right_sums(p.channels, scratch);
+  const int64_t stride = panel_row(p.channels), half = p.channels / 2;
+  float* rows = scratch.take<float>(kPassBlock * stride + kPadding);
+  Sums sums(p.sums_stride, scratch);
   for (int64_t item = begin; item < end; ++item) {
-    left_sums.clear(p.channels);
-    right_sums.clear(p.channels);
+    if (p.sums) sums.clear(p.sums_stride);
     for_blocks(p, item, [&](int64_t m, int64_t pixels) {
-      for (int64_t i = 0; i < pixels; ++i) deal(p.g + (m + i) * p.stride, p.channels, left + i * stride, right + i * stride);
-      if (p.left)
-        finish(p.left_finish, left, stride, p.left + m * p.left_stride, p.left_stride, m, pixels, 0, p.channels, left_sums);
-      if (p.right)
-        finish(p.right_finish, right, stride, p.right + m * p.right_stride, p.right_stride, m, pixels, 0, p.channels,
-               right_sums);
+      for (int64_t i = 0; i < pixels; ++i) {
+        const float* g = p.g + (m + i) * p.stride;
+        float* row = rows + i * stride;
+        if (p.halves)
+          deal(g, half, row, row + half);
+        else
+          for (int64_t c = 0; c < p.channels; ++c) row[p.order[c]] = g[c];
+      }
+      finish_pieces(p.dx, p.pieces, rows, stride, m, pixels, sums);
     });
-    const int64_t at = item * 2 * padded(p.channels);
-    if (p.left_finish.partials) left_sums.write(p.channels, p.left_finish.partials + at);
-    if (p.right_finish.partials) right_sums.write(p.channels, p.right_finish.partials + at);
+    if (p.sums) sums.write(p.sums_stride, p.sums + item * 2 * p.sums_stride);
   }
 }
 
-inline void interleave_grad_prepare(void* params, TrainWork* work) {
-  InterleaveGrad& p = *static_cast<InterleaveGrad*>(params);
+inline void gather_grad_prepare(void* params, TrainWork* work) {
+  GatherGrad& p = *static_cast<GatherGrad*>(params);
   cut_pass(p);
-  *work = {p.items, 2 * room<float>(kPassBlock * round_up(p.channels, kLanes) + kPadding) + 2 * Sums::bytes(p.channels)};
+  p.sums_stride = sums_of_pieces(p);
+  *work = {p.items, room<float>(kPassBlock * panel_row(p.channels) + kPadding) + Sums::bytes(p.sums_stride)};
 }
 
 }  // namespace FASTBLOCKS_LEVEL

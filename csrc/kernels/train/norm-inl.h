@@ -70,9 +70,13 @@ inline void norm_backward_run(const void* params, int64_t begin, int64_t end, ch
   for (int64_t item = begin; item < end; ++item) {
     const int64_t c = item * kNormChannels, n = smaller(kNormChannels, p.channels - c);
     double sum[kNormChannels] = {}, sum_z[kNormChannels] = {};
-    for (int64_t part = 0; part < p.items; ++part) {
-      const double* at = p.partials + part * 2 * all + c;
-      for (int64_t i = 0; i < n; ++i) sum[i] += at[i], sum_z[i] += at[all + i];
+    for (int64_t s = 0; s < p.segment_count; ++s) {
+      const NormSegment& segment = p.segments[s];
+      const int64_t from = larger(c, segment.first), to = smaller(c + n, segment.first + segment.channels);
+      for (int64_t part = 0; part < segment.items; ++part) {
+        const int64_t at = part * segment.stride - segment.first;
+        for (int64_t j = from; j < to; ++j) sum[j - c] += segment.sums[at + j], sum_z[j - c] += segment.sums_z[at + j];
+      }
     }
     for (int64_t i = 0; i < n; ++i) {
       const int64_t j = c + i;
@@ -129,10 +133,10 @@ inline void pack_matrix_run(const void* params, int64_t begin, int64_t end, char
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / panels.count, panel = item % panels.count, first = panels.first_channel(panel);
     const int64_t lanes = panels.width(panel) * kLanes, valid = panels.valid(panel);
-    const float* w = p.w + group * p.group_stride + first * p.channel_stride;
+    const float* w = p.w + group * p.group_stride;
     float* out = p.out + group * panels.padded() * p.depth + first * p.depth;
     for (int64_t k = 0; k < p.depth; ++k, out += lanes) {
-      for (int64_t n = 0; n < valid; ++n) out[n] = w[n * p.channel_stride + p.depth_offsets[k]];
+      for (int64_t n = 0; n < valid; ++n) out[n] = w[p.channel_offsets[first + n] + p.depth_offsets[k]];
       for (int64_t n = valid; n < lanes; ++n) out[n] = 0.0f;
     }
   }

@@ -30,6 +30,12 @@ struct Source {
   Clamp clamp;
 };
 
+// Some channels of a value. What a kernel reads of several values lies side by side, piece after piece.
+struct SourcePiece {
+  Source source;
+  int64_t channels;
+};
+
 // The gradient of a convolution's output z: scale * g + slope * (z - mean) + offset, or g itself where there is no scale.
 struct Gradient {
   const float* g;
@@ -53,6 +59,20 @@ struct Finish {
   bool stream;       // what is written is too large for the caches
 };
 
+// Where the gradient of a `SourcePiece` goes. Pointers in `finish` are those of its first channel.
+struct GradPiece {
+  float* dx;  // null: not needed
+  int64_t stride;
+  Finish finish;
+  int64_t channels;
+};
+
+// Sums over the gradient of channels [first, first + channels): item i's are `sums` and `sums_z`, both + i * stride.
+struct NormSegment {
+  int64_t first, channels, items, stride;
+  const double *sums, *sums_z;
+};
+
 // One BatchNorm forward: statistics from the items' partials, constants for the readers, running statistics.
 struct NormForward {
   int64_t channels, items, count;  // count: pixels
@@ -66,8 +86,9 @@ struct NormForward {
 
 // One BatchNorm backward: the coefficients of `Gradient`, and the gradients of weight and bias.
 struct NormBackward {
-  int64_t channels, items, count;
-  const double* partials;
+  int64_t channels, count;
+  const NormSegment* segments;
+  int64_t segment_count;
   bool frozen;  // the statistics are no function of the input
   Norm norm;
   float *slope, *offset;
@@ -83,12 +104,12 @@ struct MergeWeights {
   float* out;
 };
 
-// Packs one matrix a group: element (channel, depth) of group g is w[g * group_stride + channel * channel_stride + depth *
-// ...].
+// Packs one matrix a group: element (channel, depth) of group g is w[g * group_stride + channel_offsets[channel] +
+// depth_offsets[depth]].
 struct PackMatrix {
   const float* w;
-  int64_t groups, channels, depth, group_stride, channel_stride;
-  const int64_t* depth_offsets;
+  int64_t groups, channels, depth, group_stride;
+  const int64_t *channel_offsets, *depth_offsets;
   float* out;
 };
 
@@ -101,7 +122,8 @@ struct PackTaps {
 
 struct TrainPointwise {
   int64_t pixels, in_channels, out_channels, groups;
-  Source x;
+  const SourcePiece* x;
+  int64_t pieces;
   const float* weight;
   const float* zeros;
   float* z;
@@ -114,17 +136,17 @@ struct TrainPointwise {
 struct PointwiseGrad {
   int64_t pixels, in_channels, out_channels, groups;
   Gradient dy;
-  Source x;
+  const SourcePiece* x;
+  const GradPiece* dx;
+  int64_t pieces;
   const float* weight;  // packed for the transposed product; null: the input's gradient is not needed
   const float* zeros;
-  float* dx;
-  int64_t dx_stride;
-  const float* addend;  // what dx already holds from other readers, or null
+  const float* addend;  // what the gradient of a single piece already holds from other readers, or null
   int64_t addend_stride;
-  Finish finish;
+  double* sums;            // [item][2][sums_stride], the pieces' side by side, each padded; null: none
   float* weight_partials;  // [item][out_channel][weight_stride]; null: not needed
   // set by prepare
-  int64_t items, item_pixels, block, dy_stride, x_stride, weight_stride;
+  int64_t items, item_pixels, block, dy_stride, x_stride, weight_stride, sums_stride;
 };
 
 struct TrainDepthwise {
@@ -205,22 +227,25 @@ struct FinishPass {
   int64_t items, item_pixels;  // set by prepare
 };
 
-// ShuffleNetV2: y[2 c] = left[c], y[2 c + 1] = right[c]; and the gradient's way back.
-struct InterleaveJoin {
-  int64_t pixels, channels;  // of one side
-  Source left, right;
+// Pieces of several values in one: channel c of y is channel order[c] of the pieces, side by side. And the gradient's way back.
+struct Gather {
+  int64_t pixels, channels, pieces;
+  const SourcePiece* x;
+  const int32_t* order;
+  bool halves;  // there are two pieces, taken by turns
   float* y;
   int64_t items, item_pixels;
 };
 
-struct InterleaveGrad {
-  int64_t pixels, channels;
+struct GatherGrad {
+  int64_t pixels, channels, pieces;
   const float* g;  // of y
   int64_t stride;
-  float *left, *right;
-  int64_t left_stride, right_stride;
-  Finish left_finish, right_finish;
-  int64_t items, item_pixels;
+  const int32_t* order;
+  bool halves;
+  const GradPiece* dx;
+  double* sums;
+  int64_t items, item_pixels, sums_stride;
 };
 
 // Pooling 3x3 or other windows, forward and backward. `places`: which tap of its window won, a byte a value (maximum only).
@@ -253,7 +278,7 @@ struct TrainOp {
 
 struct TrainTable {
   TrainOp norm_forward, norm_backward, merge_weights, pack_matrix, pack_taps, pointwise, pointwise_grad, depthwise,
-      depthwise_grad, dense_grad, moments, join, finish, interleave, interleave_grad, pool, pool_grad;
+      depthwise_grad, dense_grad, moments, join, finish, gather, gather_grad, pool, pool_grad;
 };
 
 }  // namespace fastblocks

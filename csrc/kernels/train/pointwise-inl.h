@@ -10,6 +10,14 @@ namespace FASTBLOCKS_LEVEL {
 
 constexpr int64_t kBlockFloats = 64 * 1024;  // of all operands of a block: half of L2, or less
 
+FASTBLOCKS_INLINE bool is_plain(const SourcePiece* pieces, int64_t count) { return count == 1 && !pieces->source.norm.mean; }
+
+// What of the first piece is read next.
+FASTBLOCKS_INLINE Range range_of(const SourcePiece* pieces, int64_t pixel, int64_t pixels, int64_t all) {
+  const Source& s = pieces->source;
+  return {pixel < all ? s.data + pixel * s.stride : nullptr, pixels * s.stride};
+}
+
 inline void train_pointwise_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
   const TrainPointwise& p = *static_cast<const TrainPointwise*>(params);
   Scratch scratch(memory);
@@ -18,18 +26,19 @@ inline void train_pointwise_run(const void* params, int64_t begin, int64_t end, 
   Moments moments(p.out_channels, scratch);
   const int64_t k = p.in_channels / p.groups, n = p.out_channels / p.groups;
   const int64_t packed = Panels(n).padded() * k;
+  const bool plain = is_plain(p.x, p.pieces);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t from = item * p.item_pixels, to = smaller(from + p.item_pixels, p.pixels);
     for (int64_t m = from; m < to; m += p.block) {
       const int64_t pixels = smaller(p.block, to - m);
-      const float* left = p.x.data + m * p.x.stride;
-      int64_t stride = p.x.stride;
-      if (p.x.norm.mean) {
-        read_source(p.x, left, pixels, 0, p.in_channels, panel, p.panel_stride);
-        left = panel, stride = p.panel_stride;
-      }
+      const float* left = panel;
+      int64_t stride = p.panel_stride;
+      if (plain)
+        left = p.x->source.data + m * p.x->source.stride, stride = p.x->source.stride;
+      else
+        read_pieces(p.x, p.pieces, m, pixels, panel, p.panel_stride);
       float* z = p.stream ? block : p.z + m * p.out_channels;
-      const Range next = {m + p.block < p.pixels ? p.x.data + (m + p.block) * p.x.stride : nullptr, pixels * p.x.stride};
+      const Range next = range_of(p.x, m + p.block, pixels, p.pixels);
       for (int64_t g = 0; g < p.groups; ++g)
         product({left + g * k, k, stride, 1, nullptr}, pixels, n, p.weight + g * packed, p.zeros, nullptr, 0, z + g * n,
                 p.out_channels, next.part(g, p.groups));
@@ -54,43 +63,47 @@ inline void train_pointwise_prepare(void* params, TrainWork* work) {
                         room<float>(p.stream ? p.block * p.out_channels + kPadding : 0) + Moments::bytes(p.out_channels)};
 }
 
+// Whether the gradient of the input is made in scratch, and goes from there to where it belongs.
+FASTBLOCKS_INLINE bool writes_block(const PointwiseGrad& p) { return p.pieces > 1 || p.dx->finish.stream; }
+
 inline void pointwise_grad_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
   const PointwiseGrad& p = *static_cast<const PointwiseGrad*>(params);
   Scratch scratch(memory);
   float* dy = scratch.take<float>(p.block * p.dy_stride + kPadding);
   float* x = scratch.take<float>(p.block * p.x_stride + kPadding);
-  float* block = scratch.take<float>(p.finish.stream ? p.block * p.in_channels + kPadding : 0);
-  Sums sums(p.in_channels, scratch);
+  float* block = scratch.take<float>(writes_block(p) ? p.block * p.x_stride + kPadding : 0);
+  Sums sums(p.sums_stride, scratch);
+  const bool in_place = !writes_block(p);
   const int64_t k = p.in_channels / p.groups, n = p.out_channels / p.groups;
   const int64_t packed = Panels(k).padded() * n;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t from = item * p.item_pixels, to = smaller(from + p.item_pixels, p.pixels);
-    if (p.finish.partials) sums.clear(p.in_channels);
+    if (p.sums) sums.clear(p.sums_stride);
     for (int64_t m = from; m < to; m += p.block) {
       const int64_t pixels = smaller(p.block, to - m), next = m + p.block;
       const Range next_g = {next < p.pixels ? p.dy.g + next * p.dy.stride : nullptr, pixels * p.dy.stride};
       const Range next_z = {next < p.pixels ? p.dy.z + next * p.out_channels : nullptr, pixels * p.out_channels};
-      const Range next_x = {next < p.pixels ? p.x.data + next * p.x.stride : nullptr, pixels * p.x.stride};
+      const Range next_x = range_of(p.x, next, pixels, p.pixels);
       read_gradient(p.dy, m, pixels, p.out_channels, 0, p.out_channels, dy, p.dy_stride);
       if (p.weight_partials) {
-        read_source(p.x, p.x.data + m * p.x.stride, pixels, 0, p.in_channels, x, p.x_stride);
+        read_pieces(p.x, p.pieces, m, pixels, x, p.x_stride);
         float* out = p.weight_partials + item * p.out_channels * p.weight_stride;
         for (int64_t g = 0; g < p.groups; ++g)
           outer(dy + g * n, p.dy_stride, n, x + g * k, p.x_stride, k, pixels, out + g * n * p.weight_stride, p.weight_stride,
                 m > from, next_g.part(g, p.groups), next_z.part(g, p.groups));
       }
       if (p.weight) {
-        float* dx = p.finish.stream ? block : p.dx + m * p.dx_stride;
-        const int64_t stride = p.finish.stream ? p.in_channels : p.dx_stride;
+        float* dx = in_place ? p.dx->dx + m * p.dx->stride : block;
+        const int64_t stride = in_place ? p.dx->stride : p.x_stride;
         const float* addend = p.addend ? p.addend + m * p.addend_stride : nullptr;
         for (int64_t g = 0; g < p.groups; ++g)
           product({dy + g * n, n, p.dy_stride, 1, nullptr}, pixels, k, p.weight + g * packed, p.zeros,
                   addend ? addend + g * k : nullptr, p.addend_stride, dx + g * k, stride, next_x.part(g, p.groups));
-        finish(p.finish, dx, stride, p.dx + m * p.dx_stride, p.dx_stride, m, pixels, 0, p.in_channels, sums);
+        finish_pieces(p.dx, p.pieces, dx, stride, m, pixels, sums);
       }
     }
-    if (p.finish.stream) fence();
-    if (p.finish.partials) sums.write(p.in_channels, p.finish.partials + item * 2 * padded(p.in_channels));
+    if (p.weight && p.dx->finish.stream) fence();
+    if (p.sums) sums.write(p.sums_stride, p.sums + item * 2 * p.sums_stride);
   }
 }
 
@@ -99,6 +112,7 @@ inline void pointwise_grad_prepare(void* params, TrainWork* work) {
   p.dy_stride = panel_row(p.out_channels);
   p.x_stride = panel_row(p.in_channels);
   p.weight_stride = padded(p.in_channels / p.groups);
+  p.sums_stride = sums_of_pieces(p);
   // An item has a gradient of the weight of its own: few items where that is large, and a number that threads share evenly.
   const int64_t weight_floats = p.out_channels * p.weight_stride;
   const int64_t most = smaller(128, larger(8, (1 << 20) / weight_floats / 4 * 4));
@@ -106,7 +120,7 @@ inline void pointwise_grad_prepare(void* params, TrainWork* work) {
   cut_pixels(p.pixels, p.block, most, &p.items, &p.item_pixels);
   p.block = divide_up(p.item_pixels, divide_up(p.item_pixels, p.block));
   *work = {p.items, room<float>(p.block * p.dy_stride + kPadding) + room<float>(p.block * p.x_stride + kPadding) +
-                        room<float>(p.finish.stream ? p.block * p.in_channels + kPadding : 0) + Sums::bytes(p.in_channels)};
+                        room<float>(writes_block(p) ? p.block * p.x_stride + kPadding : 0) + Sums::bytes(p.sums_stride)};
 }
 
 }  // namespace FASTBLOCKS_LEVEL
