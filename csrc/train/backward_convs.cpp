@@ -116,8 +116,7 @@ void Backward::add_pointwise(const Node& node, int64_t value, const Gradient& dy
   if (!dw) return;
   Memory memory = plan_.take(job->items * out.c * job->weight_stride * sizeof(float));
   job->weight_partials = floats(memory);
-  std::vector<int64_t> rows(out.c), columns = depth_offsets(like, route);
-  for (int64_t i = 0; i < out.c; ++i) rows[i] = i * like.stride[0];
+  std::vector<int64_t> rows = multiples(out.c, like.stride[0]), columns = depth_offsets(like, route);
   merge_later(job->items, out.c, like.size[1], job->weight_stride, std::move(memory), std::move(rows), std::move(columns), dw);
 }
 
@@ -142,9 +141,8 @@ void Backward::add_depthwise(const Node& node, int64_t value, const Gradient& dy
   const int64_t taps = node.kernel[0] * node.kernel[1], channels = p.conv.channels;
   Memory memory = plan_.take(job->items * taps * round16(channels) * sizeof(float));
   job->weight_partials = floats(memory);
-  std::vector<int64_t> rows(taps), columns(channels);
+  std::vector<int64_t> rows(taps), columns = multiples(channels, like.stride[0]);
   for (int64_t i = 0; i < taps; ++i) rows[i] = i / node.kernel[1] * like.stride[2] + i % node.kernel[1] * like.stride[3];
-  for (int64_t i = 0; i < channels; ++i) columns[i] = i * like.stride[0];
   merge_later(job->items, taps, channels, round16(channels), std::move(memory), std::move(rows), std::move(columns), dw);
 }
 
@@ -161,13 +159,11 @@ void Backward::add_dense(const Node& node, int64_t value, const Gradient& dy, fl
   }
   DenseGrad* job = plan_.add(kernels().train.dense_grad, p);
   if (!dw) return;
-  Memory memory = plan_.take(job->items * like.size[0] * job->weight_stride * sizeof(float));
+  std::vector<int64_t> rows = depth_offsets(like), columns = multiples(like.size[0], like.stride[0]);
+  const int64_t depth = (int64_t)rows.size();
+  Memory memory = plan_.take(job->items * depth * job->weight_stride * sizeof(float));
   job->weight_partials = floats(memory);
-  std::vector<int64_t> rows(like.size[0]);
-  for (int64_t i = 0; i < like.size[0]; ++i) rows[i] = i * like.stride[0];
-  std::vector<int64_t> columns = depth_offsets(like);
-  const int64_t depth = (int64_t)columns.size();
-  merge_later(job->items, like.size[0], depth, job->weight_stride, std::move(memory), std::move(rows), std::move(columns), dw);
+  merge_later(job->items, depth, like.size[0], job->weight_stride, std::move(memory), std::move(rows), std::move(columns), dw);
 }
 
 }  // namespace train

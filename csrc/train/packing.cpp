@@ -17,15 +17,15 @@ std::vector<int64_t> depth_offsets(const TensorView& weight, const Route& route)
   return offsets;
 }
 
-bool streams(const Shape& shape) { return shape.c % kPadding == 0 && shape.floats() * (int64_t)sizeof(float) > kStreamBytes; }
-
-namespace {
-
 std::vector<int64_t> multiples(int64_t count, int64_t step) {
   std::vector<int64_t> offsets(count);
   for (int64_t i = 0; i < count; ++i) offsets[i] = i * step;
   return offsets;
 }
+
+bool streams(const Shape& shape) { return shape.c % kPadding == 0 && shape.floats() * (int64_t)sizeof(float) > kStreamBytes; }
+
+namespace {
 
 const float* pack_taps(Plan& plan, const TensorView& w, bool flip) {
   PackTaps p{w.data, w.size[0], {w.size[2], w.size[3]}, {w.stride[0], w.stride[2], w.stride[3]}, flip, nullptr};

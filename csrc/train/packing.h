@@ -24,6 +24,8 @@ const float* pack_backward(Plan& plan, const Bound& b, int64_t index, const Trai
 // Element offsets of a weight's depth, in the order (channel, row, column), or that in which the input's channels are read.
 std::vector<int64_t> depth_offsets(const TensorView& weight, const Route& route = {});
 
+// 0, step, 2 * step, ...
+std::vector<int64_t> multiples(int64_t count, int64_t step);
 // Where among a route's pieces each channel is; `halves`: they are two, taken by turns.
 std::vector<int32_t> gather_order(const Route& route, bool* halves);
 TrainPool pool_of(const Bound& b, const Node& node, int64_t value);

@@ -315,7 +315,10 @@ inline void finish_pieces(const GradPiece* pieces, int64_t count, const float* g
 
 // Cuts `pixels` into items of about `wanted` pixels, at most `most` items.
 FASTBLOCKS_INLINE void cut_pixels(int64_t pixels, int64_t wanted, int64_t most, int64_t* items, int64_t* item_pixels) {
-  const int64_t count = larger(1, smaller(most, divide_up(pixels, larger(wanted, 1))));
+  // A multiple of what threads may share evenly.
+  int64_t count = divide_up(pixels, larger(wanted, 1));
+  if (count > 2) count = round_up(count, 8);
+  count = larger(1, smaller(most, count));
   *item_pixels = larger(1, divide_up(pixels, count));
   *items = divide_up(pixels, *item_pixels);
 }

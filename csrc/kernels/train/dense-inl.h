@@ -1,5 +1,6 @@
-// Gradients of a dense k x k convolution: the windows of some output pixels are laid out in rows, (channel, row, column) each,
-// and the convolution is a 1x1 one. Meant for a stem, whose input has three channels.
+// Gradients of a dense k x k convolution, meant for a stem, whose input has three channels. That of the weight is a product
+// over pixels, one input value times a vector of dy, straight from the image's rows. For that of the input the convolution is a
+// 1x1 one of windows laid out in rows, (channel, row, column) each.
 #pragma once
 
 #include "outer-inl.h"
@@ -7,22 +8,76 @@
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
 
-// The windows of output pixels [column, column + pixels) of row `oy`, to rows of `stride` floats.
-inline void window_rows(const ConvParams& p, int64_t image, int64_t oy, int64_t column, int64_t pixels, float* out,
-                        int64_t stride) {
-  const int64_t step = p.planar ? 1 : p.x.pixel_stride, plane = p.planar ? p.x.pixel_stride : 1;
-  for (int64_t c = 0; c < p.in_channels; ++c)
-    for (int64_t ky = 0; ky < p.kernel[0]; ++ky) {
-      const int64_t iy = oy * p.stride[0] - p.padding[0] + ky * p.dilation[0];
-      const bool inside = iy >= 0 && iy < p.height;
-      const float* row = p.x.data + image * p.x.image_stride + (inside ? iy : 0) * p.x.row_stride + c * plane;
-      for (int64_t kx = 0; kx < p.kernel[1]; ++kx) {
-        float* to = out + (c * p.kernel[0] + ky) * p.kernel[1] + kx;
-        int64_t ix = column * p.stride[1] - p.padding[1] + kx * p.dilation[1];
-        for (int64_t i = 0; i < pixels; ++i, to += stride, ix += p.stride[1])
-          *to = inside && ix >= 0 && ix < p.width ? row[ix * step] : 0.0f;
+// The input rows under output row `oy`, each channel by itself with zeros at both sides: [channel][kernel row][width].
+inline void window_rows(const DenseGrad& p, int64_t image, int64_t oy, float* out) {
+  const ConvParams& q = p.conv;
+  const int64_t step = q.planar ? 1 : q.x.pixel_stride, plane = q.planar ? q.x.pixel_stride : 1;
+  const int64_t width = smaller(q.width, p.row_width - q.padding[1]);
+  for (int64_t c = 0; c < q.in_channels; ++c)
+    for (int64_t ky = 0; ky < q.kernel[0]; ++ky, out += p.row_width) {
+      const int64_t iy = oy * q.stride[0] - q.padding[0] + ky * q.dilation[0];
+      float* to = out + q.padding[1];
+      if (iy < 0 || iy >= q.height) {
+        __builtin_memset(to, 0, width * sizeof(float));
+        continue;
       }
+      const float* row = q.x.data + image * q.x.image_stride + iy * q.x.row_stride + c * plane;
+      if (step == 1)
+        __builtin_memcpy(to, row, width * sizeof(float));
+      else
+        for (int64_t x = 0; x < width; ++x) to[x] = row[x * step];
     }
+}
+
+constexpr int kTapRows = kRegisters == 32 ? 9 : 6;
+
+// sums[tap][channel] += x[tap][pixel] * dy[pixel][channel] for R taps and V vectors of channels.
+template <int R, int V>
+inline void tap_tile(const float* const* x, int64_t x_step, const float* dy, int64_t dy_stride, int64_t pixels, float* sums,
+                     int64_t sums_stride) {
+  const float* at[R];
+  Vec sum[R][V];
+#pragma GCC unroll 9
+  for (int r = 0; r < R; ++r) {
+    at[r] = x[r];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) sum[r][v] = load(sums + r * sums_stride + v * kLanes);
+  }
+  for (int64_t m = 0, i = 0; m < pixels; ++m, dy += dy_stride, i += x_step) {
+    Vec b[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) b[v] = load(dy + v * kLanes);
+#pragma GCC unroll 9
+    for (int r = 0; r < R; ++r) {
+      const Vec a = broadcast(at[r][i]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[r][v] += a * b[v];
+    }
+  }
+#pragma GCC unroll 9
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) store(sums + r * sums_stride + v * kLanes, sum[r][v]);
+}
+
+template <int V>
+FASTBLOCKS_INLINE void tap_columns(const DenseGrad& p, const float* const* taps, int64_t depth, const float* dy, int64_t pixels,
+                                   float* sums) {
+  const int64_t step = p.conv.stride[1];
+  int64_t k = 0;
+  for (; k + kTapRows <= depth; k += kTapRows)
+    tap_tile<kTapRows, V>(taps + k, step, dy, p.dy_stride, pixels, sums + k * p.weight_stride, p.weight_stride);
+  for (; k + 3 <= depth; k += 3)
+    tap_tile<3, V>(taps + k, step, dy, p.dy_stride, pixels, sums + k * p.weight_stride, p.weight_stride);
+  for (; k < depth; ++k) tap_tile<1, V>(taps + k, step, dy, p.dy_stride, pixels, sums + k * p.weight_stride, p.weight_stride);
+}
+
+// The share of one output row in the gradient of the weight.
+inline void add_taps(const DenseGrad& p, const float* const* taps, int64_t depth, const float* dy, int64_t pixels,
+                     float* sums) {
+  int64_t c = 0;
+  for (; c + kLanes < p.conv.out_channels; c += 2 * kLanes) tap_columns<2>(p, taps, depth, dy + c, pixels, sums + c);
+  if (c < p.conv.out_channels) tap_columns<1>(p, taps, depth, dy + c, pixels, sums + c);
 }
 
 // The way back: adds such rows to the image they were taken from, dense NHWC.
@@ -46,31 +101,32 @@ inline void dense_grad_run(const void* params, int64_t begin, int64_t end, char*
   const ConvParams& q = p.conv;
   Scratch scratch(memory);
   const int64_t depth = q.in_channels * q.kernel[0] * q.kernel[1];
-  float* dy = scratch.take<float>(p.block * p.dy_stride + kPadding);
-  float* x = scratch.take<float>(p.block * p.x_stride + kPadding);
+  float* dy = scratch.take<float>(q.out_width * p.dy_stride + kPadding);
+  float* windows = scratch.take<float>(q.out_width * p.x_stride + kPadding);
+  float* rows = scratch.take<float>(q.in_channels * q.kernel[0] * p.row_width);
+  const float** taps = scratch.take<const float*>(depth);
+  __builtin_memset(rows, 0, q.in_channels * q.kernel[0] * p.row_width * sizeof(float));
+  for (int64_t k = 0; k < depth; ++k) taps[k] = rows + k / q.kernel[1] * p.row_width + k % q.kernel[1] * q.dilation[1];
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / p.bands, band = item % p.bands;
     const int64_t from = band * q.out_height / p.bands, to = (band + 1) * q.out_height / p.bands;
     float* dx = p.dx ? p.dx + image * q.height * q.width * q.in_channels : nullptr;
     if (dx && !p.accumulate) __builtin_memset(dx, 0, q.height * q.width * q.in_channels * sizeof(float));
-    bool add = false;
-    for (int64_t oy = from; oy < to; ++oy)
-      for (int64_t column = 0; column < q.out_width; column += p.block) {
-        const int64_t pixels = smaller(p.block, q.out_width - column);
-        read_gradient(p.dy, (image * q.out_height + oy) * q.out_width + column, pixels, q.out_channels, 0, q.out_channels, dy,
-                      p.dy_stride);
-        if (p.weight_partials) {
-          window_rows(q, image, oy, column, pixels, x, p.x_stride);
-          outer(dy, p.dy_stride, q.out_channels, x, p.x_stride, depth, pixels,
-                p.weight_partials + item * q.out_channels * p.weight_stride, p.weight_stride, add);
-          add = true;
-        }
-        if (dx) {
-          product({dy, q.out_channels, p.dy_stride, 1, nullptr}, pixels, depth, p.weight, p.zeros, nullptr, 0, x, p.x_stride,
-                  {});
-          add_window_rows(q, oy, column, pixels, x, p.x_stride, dx);
-        }
+    float* sums = p.weight_partials ? p.weight_partials + item * depth * p.weight_stride : nullptr;
+    if (sums) __builtin_memset(sums, 0, depth * p.weight_stride * sizeof(float));
+    for (int64_t oy = from; oy < to; ++oy) {
+      read_gradient(p.dy, (image * q.out_height + oy) * q.out_width, q.out_width, q.out_channels, 0, q.out_channels, dy,
+                    p.dy_stride);
+      if (sums) {
+        window_rows(p, image, oy, rows);
+        add_taps(p, taps, depth, dy, q.out_width, sums);
       }
+      if (dx) {
+        product({dy, q.out_channels, p.dy_stride, 1, nullptr}, q.out_width, depth, p.weight, p.zeros, nullptr, 0, windows,
+                p.x_stride, {});
+        add_window_rows(q, oy, 0, q.out_width, windows, p.x_stride, dx);
+      }
+    }
   }
 }
 
@@ -80,11 +136,12 @@ inline void dense_grad_prepare(void* params, TrainWork* work) {
   const int64_t depth = q.in_channels * q.kernel[0] * q.kernel[1];
   p.dy_stride = panel_row(q.out_channels);
   p.x_stride = panel_row(depth);
-  p.weight_stride = padded(depth);
-  p.block = smaller(q.out_width, 128);
+  p.weight_stride = padded(q.out_channels);
+  p.row_width = q.padding[1] + larger(q.width, (q.out_width - 1) * q.stride[1] + (q.kernel[1] - 1) * q.dilation[1] + 1);
   p.bands = p.dx ? 1 : larger(1, smaller(q.out_height / 4, divide_up(16, q.images)));
   p.items = q.images * p.bands;
-  *work = {p.items, room<float>(p.block * p.dy_stride + kPadding) + room<float>(p.block * p.x_stride + kPadding)};
+  *work = {p.items, room<float>(q.out_width * p.dy_stride + kPadding) + room<float>(q.out_width * p.x_stride + kPadding) +
+                        room<float>(q.in_channels * q.kernel[0] * p.row_width) + room<float*>(depth)};
 }
 
 }  // namespace FASTBLOCKS_LEVEL

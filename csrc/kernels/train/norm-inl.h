@@ -2,6 +2,7 @@
 // gradients, packing of weights. An item is a few channels or rows.
 #pragma once
 
+#include "../shuffle-inl.h"
 #include "common-inl.h"
 
 namespace fastblocks {
@@ -126,6 +127,44 @@ inline void merge_weights_prepare(void* params, TrainWork* work) {
   *work = {divide_up(p.rows, merge_rows(p)), room<float>(p.stride + kPadding)};
 }
 
+FASTBLOCKS_INLINE bool side_by_side(const int64_t* offsets, int64_t count) {
+  for (int64_t i = 1; i < count; ++i)
+    if (offsets[i] != offsets[0] + i) return false;
+  return true;
+}
+
+// A square of kLanes channels and depths, the depths side by side in w: transposed on the way.
+FASTBLOCKS_INLINE void pack_square(const float* w, const int64_t* channels, float* out, int64_t lanes) {
+  Vec v[kLanes];
+#pragma GCC unroll 16
+  for (int n = 0; n < kLanes; ++n) v[n] = load(w + channels[n]);
+  interleave<kLanes>(v);
+#pragma GCC unroll 16
+  for (int k = 0; k < kLanes; ++k) store(out + k * lanes, v[k]);
+}
+
+// One panel, value by value: channels [0, valid), depths [begin, end).
+inline void pack_values(const float* w, const int64_t* channels, const int64_t* depths, int64_t begin, int64_t end,
+                        int64_t valid, float* out, int64_t lanes) {
+  for (int64_t k = begin; k < end; ++k)
+    for (int64_t n = 0; n < valid; ++n) out[k * lanes + n] = w[channels[n] + depths[k]];
+}
+
+inline void pack_panel(const PackMatrix& p, const float* w, const int64_t* channels, int64_t valid, float* out, int64_t lanes) {
+  const int64_t* const depths = p.depth_offsets;
+  if (valid < lanes) __builtin_memset(out, 0, p.depth * lanes * sizeof(float));
+  if (valid == lanes && side_by_side(channels, lanes)) {
+    for (int64_t k = 0; k < p.depth; ++k)
+      for (int64_t n = 0; n < lanes; n += kLanes) store(out + k * lanes + n, load(w + channels[0] + depths[k] + n));
+    return;
+  }
+  const int64_t squares = side_by_side(depths, p.depth) ? p.depth / kLanes * kLanes : 0, whole = valid / kLanes * kLanes;
+  for (int64_t n = 0; squares && n < whole; n += kLanes)
+    for (int64_t k = 0; k < squares; k += kLanes) pack_square(w + depths[k], channels + n, out + k * lanes + n, lanes);
+  pack_values(w, channels + whole, depths, 0, squares, valid - whole, out + whole, lanes);
+  pack_values(w, channels, depths, squares, p.depth, valid, out, lanes);
+}
+
 // An item is one panel.
 inline void pack_matrix_run(const void* params, int64_t begin, int64_t end, char*) noexcept {
   const PackMatrix& p = *static_cast<const PackMatrix*>(params);
@@ -133,12 +172,8 @@ inline void pack_matrix_run(const void* params, int64_t begin, int64_t end, char
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / panels.count, panel = item % panels.count, first = panels.first_channel(panel);
     const int64_t lanes = panels.width(panel) * kLanes, valid = panels.valid(panel);
-    const float* w = p.w + group * p.group_stride;
-    float* out = p.out + group * panels.padded() * p.depth + first * p.depth;
-    for (int64_t k = 0; k < p.depth; ++k, out += lanes) {
-      for (int64_t n = 0; n < valid; ++n) out[n] = w[p.channel_offsets[first + n] + p.depth_offsets[k]];
-      for (int64_t n = valid; n < lanes; ++n) out[n] = 0.0f;
-    }
+    pack_panel(p, p.w + group * p.group_stride, p.channel_offsets + first, valid,
+               p.out + group * panels.padded() * p.depth + first * p.depth, lanes);
   }
 }
 

@@ -25,6 +25,11 @@ inline void outer_tile(const float* dy, int64_t dy_stride, const float* x, int64
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) sum[r][v] = Vec{};
+  // What the sums are added to is far away where the weight is large: it comes while they are made.
+  for (int r = 0; r < R; ++r) {
+    __builtin_prefetch(out + r * out_stride, 1);
+    __builtin_prefetch(out + r * out_stride + V * kLanes - 1, 1);
+  }
   for (int64_t m = 0; m < pixels; ++m, dy += dy_stride, x += x_stride) {
     __builtin_prefetch(first);
     __builtin_prefetch(second);

@@ -183,7 +183,7 @@ struct DepthwiseGrad {
   int64_t items, dy_ring_rows, dy_ring_width, dy_padding;
 };
 
-// Dense k x k convolutions: their gradients by laying windows out in rows.
+// Dense k x k convolutions.
 struct DenseGrad {
   ConvParams conv;  // sizes and input, which is no convolution's output
   Gradient dy;
@@ -191,9 +191,9 @@ struct DenseGrad {
   const float* zeros;
   float* dx;               // dense NHWC
   bool accumulate;         // dx holds what other readers gave
-  float* weight_partials;  // [item][out_channel][weight_stride]
+  float* weight_partials;  // [item][depth][weight_stride], channels side by side; null: not needed
   // set by prepare
-  int64_t items, bands, block, dy_stride, x_stride, weight_stride;
+  int64_t items, bands, row_width, dy_stride, x_stride, weight_stride;
 };
 
 // Statistics of a z that another kernel wrote.

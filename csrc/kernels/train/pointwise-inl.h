@@ -8,6 +8,7 @@
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
 
+constexpr int64_t kLargeWeight = 256 * 1024;
 constexpr int64_t kBlockFloats = 64 * 1024;  // of all operands of a block: half of L2, or less
 
 FASTBLOCKS_INLINE bool is_plain(const SourcePiece* pieces, int64_t count) { return count == 1 && !pieces->source.norm.mean; }
@@ -118,6 +119,8 @@ inline void pointwise_grad_prepare(void* params, TrainWork* work) {
   const int64_t most = smaller(128, larger(8, (1 << 20) / weight_floats / 4 * 4));
   p.block = smaller(192, larger(48, kBlockFloats / (p.dy_stride + 2 * p.x_stride)));
   cut_pixels(p.pixels, p.block, most, &p.items, &p.item_pixels);
+  // Each block adds to all of that gradient: where it lies beyond L2, rather the panels do, too.
+  if (weight_floats > kLargeWeight) p.block = smaller(192, larger(p.block, p.item_pixels));
   p.block = divide_up(p.item_pixels, divide_up(p.item_pixels, p.block));
   *work = {p.items, room<float>(p.block * p.dy_stride + kPadding) + room<float>(p.block * p.x_stride + kPadding) +
                         room<float>(writes_block(p) ? p.block * p.x_stride + kPadding : 0) + Sums::bytes(p.sums_stride)};

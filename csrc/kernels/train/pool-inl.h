@@ -7,38 +7,45 @@ namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
 
 typedef int32_t Indices __attribute__((vector_size(FASTBLOCKS_VECTOR_BYTES)));
+typedef unsigned char Bytes __attribute__((vector_size(kLanes)));
 
-FASTBLOCKS_INLINE Vec read_vector(const Source& s, const float* z, int64_t c, int lanes, Vec low, Vec high) {
-  const Vec v = load_some(z + c, lanes);
-  return clamped(s.norm.mean ? normalised(v, s.norm, c) : v, low, high);
+FASTBLOCKS_INLINE void store_places(unsigned char* to, int lanes, Indices place) {
+  const Bytes bytes = __builtin_convertvector(place, Bytes);
+  __builtin_memcpy(to, &bytes, lanes);
 }
 
-// One output pixel whose window begins at input pixel (y, x), which may lie outside.
-inline void pool_pixel(const TrainPool& p, int64_t image, int64_t y, int64_t x, float* out, unsigned char* places) {
-  const Vec low = broadcast(p.x.clamp.low), high = broadcast(p.x.clamp.high);
-  const float share = 1.0f / (float)(p.kernel[0] * p.kernel[1]);
-  for_channels(p.channels, [&](int64_t c, auto lanes) {
-    Vec best = broadcast(p.average ? 0.0f : -__builtin_inff());
-    Indices place{};
-    bool none = true;
-    for (int64_t ky = 0; ky < p.kernel[0]; ++ky)
-      for (int64_t kx = 0; kx < p.kernel[1]; ++kx) {
-        const int64_t iy = y + ky, ix = x + kx;
-        if (iy < 0 || iy >= p.height || ix < 0 || ix >= p.width) continue;
-        const Vec v = read_vector(p.x, p.x.data + ((image * p.height + iy) * p.width + ix) * p.x.stride, c, lanes, low, high);
-        if (p.average) {
+FASTBLOCKS_INLINE Indices load_places(const unsigned char* from, int lanes) {
+  Bytes bytes{};
+  __builtin_memcpy(&bytes, from, lanes);
+  return __builtin_convertvector(bytes, Indices);
+}
+
+// One output pixel whose window begins at column `x`, which may lie outside. rows: of the window, null where outside.
+template <bool kAverage>
+FASTBLOCKS_INLINE void pool_pixel(const TrainPool& p, const float* const* rows, int64_t row_stride, int64_t x, float* out,
+                                  unsigned char* places) {
+  const Vec share = broadcast(1.0f / (float)(p.kernel[0] * p.kernel[1]));
+  const int64_t first = larger(0, -x), last = smaller(p.kernel[1], p.width - x);
+  for_channels(p.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+    Vec best = broadcast(kAverage ? 0.0f : -__builtin_inff());
+    // Where all are -inf, the first tap that is there wins.
+    Indices place = Indices{} - 1;
+    for (int64_t ky = 0; ky < p.kernel[0]; ++ky) {
+      if (!rows[ky]) continue;
+      const float* at = rows[ky] + (x + first) * row_stride + c;
+      for (int64_t kx = first; kx < last; ++kx, at += row_stride) {
+        const Vec v = load_some(at, lanes);
+        if (kAverage) {
           best += v;
           continue;
         }
-        const int tap = (int)(ky * p.kernel[1] + kx);
-        const Indices wins = none ? ~Indices{} : (Indices)((v > best) | (v != v));
+        const Indices wins = (Indices)((v > best) | (v != v)) | (place < 0);
         best = (Vec)(((Indices)v & wins) | ((Indices)best & ~wins));
-        place = ((Indices{} + tap) & wins) | (place & ~wins);
-        none = false;
+        place = ((Indices{} + (int)(ky * p.kernel[1] + kx)) & wins) | (place & ~wins);
       }
-    store_some(out + c, lanes, p.average ? best * broadcast(share) : best);
-    if (!p.average)
-      for (int i = 0; i < lanes; ++i) places[c + i] = (unsigned char)place[i];
+    }
+    store_some(out + c, lanes, kAverage ? best * share : best);
+    if (!kAverage) store_places(places + c, lanes, place);
   });
 }
 
@@ -49,17 +56,40 @@ FASTBLOCKS_INLINE void pool_rows(const TrainPool& p, int64_t item, int64_t heigh
   *to = (band + 1) * height / p.bands;
 }
 
-inline void train_pool_run(const void* params, int64_t begin, int64_t end, char*) noexcept {
+// Rows that are read through a BatchNorm lie in a ring, each read once.
+inline void train_pool_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
   const TrainPool& p = *static_cast<const TrainPool*>(params);
+  Scratch scratch(memory);
+  const bool plain = !p.x.norm.mean;
+  const int64_t stride = plain ? p.x.stride : round_up(p.channels, kLanes);
+  float* ring = scratch.take<float>(plain ? 0 : p.kernel[0] * p.width * stride + kPadding);
+  const float** rows = scratch.take<const float*>(p.kernel[0]);
   for (int64_t item = begin; item < end; ++item) {
     int64_t image, from, to;
     pool_rows(p, item, p.out_height, &image, &from, &to);
-    for (int64_t oy = from; oy < to; ++oy)
-      for (int64_t ox = 0; ox < p.out_width; ++ox) {
-        const int64_t pixel = (image * p.out_height + oy) * p.out_width + ox;
-        pool_pixel(p, image, oy * p.stride[0] - p.padding[0], ox * p.stride[1] - p.padding[1], p.y + pixel * p.y_stride,
-                   p.places ? p.places + pixel * p.channels : nullptr);
+    int64_t next = larger(0, from * p.stride[0] - p.padding[0]);
+    for (int64_t oy = from; oy < to; ++oy) {
+      const int64_t y = oy * p.stride[0] - p.padding[0];
+      for (int64_t ky = 0; ky < p.kernel[0]; ++ky) {
+        const int64_t iy = y + ky;
+        rows[ky] = nullptr;
+        if (iy < 0 || iy >= p.height) continue;
+        const float* z = p.x.data + (image * p.height + iy) * p.width * p.x.stride;
+        float* row = plain ? nullptr : ring + iy % p.kernel[0] * p.width * stride;
+        if (!plain && iy >= next) {
+          read_source(p.x, z, p.width, 0, p.channels, row, stride);
+          next = iy + 1;
+        }
+        rows[ky] = plain ? z : row;
       }
+      for (int64_t ox = 0; ox < p.out_width; ++ox) {
+        const int64_t pixel = (image * p.out_height + oy) * p.out_width + ox, x = ox * p.stride[1] - p.padding[1];
+        if (p.average)
+          pool_pixel<true>(p, rows, stride, x, p.y + pixel * p.y_stride, nullptr);
+        else
+          pool_pixel<false>(p, rows, stride, x, p.y + pixel * p.y_stride, p.places + pixel * p.channels);
+      }
+    }
   }
 }
 
@@ -71,7 +101,8 @@ FASTBLOCKS_INLINE void cut_pool(TrainPool& p, int64_t rows) {
 inline void train_pool_prepare(void* params, TrainWork* work) {
   TrainPool& p = *static_cast<TrainPool*>(params);
   cut_pool(p, p.out_height);
-  *work = {p.items, 0};
+  const int64_t ring = p.x.norm.mean ? p.kernel[0] * p.width * round_up(p.channels, kLanes) + kPadding : 0;
+  *work = {p.items, room<float>(ring) + room<float*>(p.kernel[0])};
 }
 
 // The windows that reach an input column or row: output positions [*first, *last].
@@ -81,26 +112,25 @@ FASTBLOCKS_INLINE void pool_windows(int64_t at, int64_t kernel, int64_t stride, 
   *last = smaller(out - 1, (at + padding) / stride);
 }
 
-inline void pool_grad_pixel(const TrainPool& p, int64_t image, int64_t y, int64_t x, float* out) {
-  int64_t y0, y1, x0, x1;
-  pool_windows(y, p.kernel[0], p.stride[0], p.padding[0], p.out_height, &y0, &y1);
+template <bool kAverage>
+FASTBLOCKS_INLINE void pool_grad_pixel(const TrainPool& p, int64_t image, int64_t y, int64_t x, int64_t y0, int64_t y1,
+                                       float* out) {
+  int64_t x0, x1;
   pool_windows(x, p.kernel[1], p.stride[1], p.padding[1], p.out_width, &x0, &x1);
-  const float share = 1.0f / (float)(p.kernel[0] * p.kernel[1]);
+  const Vec share = broadcast(1.0f / (float)(p.kernel[0] * p.kernel[1]));
   const int64_t pixel = (image * p.height + y) * p.width + x;
-  for_channels(p.channels, [&](int64_t c, auto lanes) {
+  for_channels(p.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
     Vec sum{};
     for (int64_t oy = y0; oy <= y1; ++oy)
       for (int64_t ox = x0; ox <= x1; ++ox) {
         const int64_t from = (image * p.out_height + oy) * p.out_width + ox;
         const Vec g = load_some(p.y + from * p.y_stride + c, lanes);
-        if (p.average) {
-          sum += g * broadcast(share);
+        if (kAverage) {
+          sum += g * share;
           continue;
         }
         const int tap = (int)((y + p.padding[0] - oy * p.stride[0]) * p.kernel[1] + x + p.padding[1] - ox * p.stride[1]);
-        Indices place = Indices{} - 1;
-        for (int i = 0; i < lanes; ++i) place[i] = p.places[from * p.channels + c + i];
-        sum += (Vec)((Indices)g & (Indices)(place == (Indices{} + tap)));
+        sum += (Vec)((Indices)g & (Indices)(load_places(p.places + from * p.channels + c, lanes) == (Indices{} + tap)));
       }
     if (p.addend) sum += load_some(p.addend + pixel * p.addend_stride + c, lanes);
     store(out + c, sum);
@@ -118,7 +148,14 @@ inline void pool_grad_run(const void* params, int64_t begin, int64_t end, char* 
     pool_rows(p, item, p.height, &image, &from, &to);
     sums.clear(p.channels);
     for (int64_t y = from; y < to; ++y) {
-      for (int64_t x = 0; x < p.width; ++x) pool_grad_pixel(p, image, y, x, row + x * stride);
+      int64_t y0, y1;
+      pool_windows(y, p.kernel[0], p.stride[0], p.padding[0], p.out_height, &y0, &y1);
+      for (int64_t x = 0; x < p.width; ++x) {
+        if (p.average)
+          pool_grad_pixel<true>(p, image, y, x, y0, y1, row + x * stride);
+        else
+          pool_grad_pixel<false>(p, image, y, x, y0, y1, row + x * stride);
+      }
       const int64_t pixel = (image * p.height + y) * p.width;
       finish(p.finish, row, stride, p.dx + pixel * p.dx_stride, p.dx_stride, pixel, p.width, 0, p.channels, sums);
     }
