@@ -116,6 +116,51 @@ def test_memory_is_recycled():
     assert after["active_bytes"] == before["active_bytes"]
 
 
+def image(height: int, width: int) -> torch.Tensor:
+    return torch.randn(1, 8, height, width).contiguous(memory_format=torch.channels_last)
+
+
+def test_large_slabs_join():
+    """What two outputs leave is enough for one of their size together."""
+    pool = fastblocks.MaxPool2d(1)
+    with torch.no_grad():
+        fastblocks.empty_cache()
+        pair = [pool(image(768, 512)) for _ in range(2)]  # 12 MiB each
+        del pair
+        before = fastblocks.memory_stats()
+        kept = pool(image(1460, 512))  # 22.8 MiB
+        after = fastblocks.memory_stats()
+    assert after["misses"] == before["misses"]
+    assert after["cached_bytes"] < before["cached_bytes"] - kept.numel() * 4 + (1 << 20)
+
+
+def test_memory_is_held_within_its_limit():
+    pool = fastblocks.MaxPool2d(1)
+    with torch.no_grad():
+        kept = [pool(image(512, 512 + 64 * i)) for i in range(20)]
+        for i in range(20):
+            kept[i] = pool(image(700 - 13 * i, 512))
+        held = fastblocks.memory_stats()
+    assert held["active_bytes"] + held["cached_bytes"] <= held["limit_bytes"]
+    assert held["limit_bytes"] <= max(128 << 20, held["peak_active_bytes"] * 9 // 8)
+
+
+def test_memory_where_address_space_is_limited():
+    code = (
+        "import resource, torch, fastblocks\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)\n"
+        "pool = fastblocks.MaxPool2d(1)\n"
+        "x = torch.randn(1, 8, 1024, 1024)\n"
+        "with torch.no_grad(): kept = [pool(x) for _ in range(6)]\n"
+        "assert all(torch.equal(y, x) for y in kept)\n"
+        "del kept\nfastblocks.empty_cache()\n"
+        "assert fastblocks.memory_stats()['cached_bytes'] < 32 << 20\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_empty_cache_gives_large_slabs_back():
     x = torch.randn(1, 8, 512, 512)  # an output of 8 MiB
     with torch.no_grad():

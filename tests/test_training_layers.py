@@ -218,6 +218,23 @@ ROWS: dict[str, tuple[Callable[[], Any], int]] = {
     ),
     "units": (lambda: Sequential(ShuffleUnit(24, 48, 2, 3, False), *(ShuffleUnit(48, 48, 1, 3) for _ in range(2))), 24),
     "units v2": (lambda: Sequential(ShuffleUnitV2(24, 58, 2), *(ShuffleUnitV2(58, 58, 1) for _ in range(2))), 24),
+    "many units v2": (lambda: Sequential(ShuffleUnitV2(8, 20, 2), *(ShuffleUnitV2(20, 20, 1) for _ in range(6))), 8),
+    "units v2, then one that reads all": (
+        lambda: Sequential(*(ShuffleUnitV2(14, 14, 1) for _ in range(3)), PointwiseConvBNAct(14, 9)),
+        14,
+    ),
+    "units v2, then a stride": (
+        lambda: Sequential(*(ShuffleUnitV2(12, 12, 1) for _ in range(2)), ShuffleUnitV2(12, 26, 2)),
+        12,
+    ),
+    "units v2, then a depthwise": (
+        lambda: Sequential(*(ShuffleUnitV2(34, 34, 1) for _ in range(2)), DepthwiseConvBNAct(34)),
+        34,
+    ),
+    "units v2, then groups": (
+        lambda: Sequential(*(ShuffleUnitV2(12, 12, 1) for _ in range(2)), PointwiseConvBNAct(12, 8, groups=2)),
+        12,
+    ),
     "mixed": (lambda: Sequential(ShuffleUnitV2(8, 8, 1), InvertedResidual(8, 8), ShuffleUnit(8, 8, 1, 2)), 8),
     "join": (lambda: Sequential(PointwiseConvBNAct(8, 16), ShuffleUnitV2(16, 16, 1), ShuffleUnitV2(16, 16, 1)), 8),
     "convolution and unit": (lambda: Sequential(PointwiseConvBNAct(8, 16), ShuffleUnit(16, 32, 2, 2)), 8),

@@ -139,7 +139,7 @@ def test_networks_are_chains(name: str) -> None:
     layers = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     with fastblocks.use_backend("native"):
         count = chains(model(torch.randn(2, 3, 64, 64)))
-    assert 3 <= count <= layers // 4, (count, layers)
+    assert 2 <= count <= layers // 4, (count, layers)
     with fastblocks.use_backend("reference"):
         assert chains(model(torch.randn(2, 3, 64, 64))) == 0
 

@@ -52,6 +52,10 @@ def _flat(children: Iterable[Any]) -> list[Any]:
     return layers
 
 
+_FULL = 1 << 16
+"""A chain may end that has as many weights: their gradients are worth sending while the next chain computes."""
+
+
 def _has_stride(units: tuple[Unit, ...]) -> bool:
     return any(unit.conv.stride != (1, 1) for unit in units)
 
@@ -59,22 +63,24 @@ def _has_stride(units: tuple[Unit, ...]) -> bool:
 def _trained(children: Iterable[Any], x: Any) -> Any:
     """The layers in training, or with gradients: chains where they may be, a layer by itself where not.
 
-    None where nothing trains. A chain ends behind a layer with a stride, where tensors are smallest.
+    None where nothing trains. A chain ends behind a layer with a stride, where tensors are smallest, once it is full.
     """
     layers = _flat(children)
     if not isinstance(x, Tensor) or not any(isinstance(layer, Fused) and layer._wants_chain(x) for layer in layers):
         return None
     parts: list[train.Part] = []
+    weights = 0
     for layer in layers:
         units = layer_reason(layer, x) if _runs_its_op_alone(layer) else ""
         if isinstance(units, str):
             x = layer(_run(parts, x))
-            parts = []
+            parts, weights = [], 0
             continue
         parts.append((layer, units))
-        if len(parts) > 1 and _has_stride(units):
+        weights += sum(unit.conv.weight.numel() for unit in units)
+        if weights >= _FULL and _has_stride(units):
             x = _run(parts, x)
-            parts = []
+            parts, weights = [], 0
     return _run(parts, x)
 
 

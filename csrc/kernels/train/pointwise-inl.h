@@ -116,7 +116,7 @@ inline void pointwise_grad_prepare(void* params, TrainWork* work) {
   p.sums_stride = sums_of_pieces(p);
   // An item has a gradient of the weight of its own: few items where that is large, and a number that threads share evenly.
   const int64_t weight_floats = p.out_channels * p.weight_stride;
-  const int64_t most = smaller(128, larger(8, (1 << 20) / weight_floats / 4 * 4));
+  const int64_t most = smaller(128, larger(8, (1 << 19) / weight_floats / 8 * 8));
   p.block = smaller(192, larger(48, kBlockFloats / (p.dy_stride + 2 * p.x_stride)));
   cut_pixels(p.pixels, p.block, most, &p.items, &p.item_pixels);
   // Each block adds to all of that gradient: where it lies beyond L2, rather the panels do, too.
