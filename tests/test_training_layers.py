@@ -232,7 +232,7 @@ ROWS: dict[str, tuple[Callable[[], Any], int]] = {
         34,
     ),
     "units v2, then groups": (
-        lambda: Sequential(*(ShuffleUnitV2(12, 12, 1) for _ in range(2)), PointwiseConvBNAct(12, 8, groups=2)),
+        lambda: Sequential(*(ShuffleUnitV2(12, 12, 1) for _ in range(2)), ConvBNAct(12, 8, 1, groups=2)),
         12,
     ),
     "mixed": (lambda: Sequential(ShuffleUnitV2(8, 8, 1), InvertedResidual(8, 8), ShuffleUnit(8, 8, 1, 2)), 8),

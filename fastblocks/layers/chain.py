@@ -60,6 +60,11 @@ def _has_stride(units: tuple[Unit, ...]) -> bool:
     return any(unit.conv.stride != (1, 1) for unit in units)
 
 
+def _weights(units: tuple[Unit, ...]) -> int:
+    convs: list[Any] = [unit.conv for unit in units]
+    return sum(conv.weight.numel() for conv in convs)
+
+
 def _trained(children: Iterable[Any], x: Any) -> Any:
     """The layers in training, or with gradients: chains where they may be, a layer by itself where not.
 
@@ -77,7 +82,7 @@ def _trained(children: Iterable[Any], x: Any) -> Any:
             parts, weights = [], 0
             continue
         parts.append((layer, units))
-        weights += sum(unit.conv.weight.numel() for unit in units)
+        weights += _weights(units)
         if weights >= _FULL and _has_stride(units):
             x = _run(parts, x)
             parts, weights = [], 0
