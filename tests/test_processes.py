@@ -18,6 +18,13 @@ from fastblocks import InvertedResidual
 
 pytestmark = pytest.mark.skipif(fastblocks.current_backend() != "native", reason="needs the native tier")
 
+
+def run_alone(code: str) -> None:
+    """Run a program in a process of its own, which must end well."""
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 _FORK = """
 import os, signal, sys, torch, fastblocks
 torch.set_num_threads(2)
@@ -91,8 +98,7 @@ def test_no_second_openmp_runtime():
         "with torch.no_grad(): fastblocks.InvertedResidual(8, 8).eval()(torch.randn(1, 8, 16, 16))\n"
         "assert read() == before, read() - before\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_alone(code)
 
 
 def test_denormals_stay_as_the_caller_has_them():
@@ -157,8 +163,7 @@ def test_memory_where_address_space_is_limited():
         "del kept\nfastblocks.empty_cache()\n"
         "assert fastblocks.memory_stats()['cached_bytes'] < 32 << 20\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_alone(code)
 
 
 def test_empty_cache_gives_large_slabs_back():

@@ -132,14 +132,14 @@ def test_some_steps(name: str) -> None:
     assert wrong[0] < 1e-4
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "shufflenet_v1_g3", "shufflenet_v2_x1_0"])
 def test_networks_are_chains(name: str) -> None:
     """Several chains, for a tensor between two of them is where gradients become ready; far fewer than layers."""
-    model = build(name)
+    model = fastblocks.models.create(name).train()
     layers = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     with fastblocks.use_backend("native"):
         count = chains(model(torch.randn(2, 3, 64, 64)))
-    assert 2 <= count <= layers // 4, (count, layers)
+    assert 3 <= count <= layers // 4, (count, layers)
     with fastblocks.use_backend("reference"):
         assert chains(model(torch.randn(2, 3, 64, 64))) == 0
 

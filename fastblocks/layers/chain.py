@@ -52,7 +52,7 @@ def _flat(children: Iterable[Any]) -> list[Any]:
     return layers
 
 
-_FULL = 1 << 16
+_FULL = 1 << 15
 """A chain may end that has as many weights: their gradients are worth sending while the next chain computes."""
 
 
