@@ -200,7 +200,7 @@ PyObject* forward(PyObject* const* args) {
   }
   for (size_t i = 0; i < program.nodes.size(); ++i)
     if (program.nodes[i].kind == Kind::kMaxPool) {
-      outputs.push_back(floats_output(b.shapes[i + 1].floats() / 4 + 1));
+      outputs.push_back(floats_output(b.shapes[i + 1].pixels() * round16(b.shapes[i + 1].c) / 4));
       b.places[i] = reinterpret_cast<unsigned char*>(outputs.back()->data());
     }
   Plan plan;

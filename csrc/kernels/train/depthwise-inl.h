@@ -166,28 +166,68 @@ inline void tap_sums(const TapSums& t) {
   }
 }
 
-// One row of the input's gradient at any stride: rows[i] is the dy row of kernel row ky[i]. Whole vectors.
+// out[pixel] (+)= sum over T taps of at[tap][pixel] * w[tap], for whole vectors of channels: `step` and `out_step` are from one
+// pixel to the next.
+template <int T>
+inline void gradient_taps(const float* const* at, const float* const* w, int64_t step, int64_t pixels, int64_t channels,
+                          bool add, float* out, int64_t out_step) {
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const float* from[T];
+    Vec weight[T];
+#pragma GCC unroll 9
+    for (int t = 0; t < T; ++t) from[t] = at[t] + c, weight[t] = load(w[t] + c);
+    float* to = out + c;
+    for (int64_t j = 0, i = 0; j < pixels; ++j, i += step, to += out_step) {
+      Vec sum = load(from[0] + i) * weight[0];
+#pragma GCC unroll 9
+      for (int t = 1; t < T; ++t) sum += load(from[t] + i) * weight[t];
+      store(to, add ? load(to) + sum : sum);
+    }
+  }
+}
+
+typedef void (*GradientTaps)(const float* const*, const float* const*, int64_t, int64_t, int64_t, bool, float*, int64_t);
+
+constexpr int kTapsAtOnce = 9;
+
+FASTBLOCKS_INLINE GradientTaps gradient_taps_of(int64_t taps) {
+  switch (taps) {
+    case 1: return gradient_taps<1>;
+    case 2: return gradient_taps<2>;
+    case 3: return gradient_taps<3>;
+    case 4: return gradient_taps<4>;
+    case 5: return gradient_taps<5>;
+    case 6: return gradient_taps<6>;
+    case 7: return gradient_taps<7>;
+    case 8: return gradient_taps<8>;
+    default: return gradient_taps<kTapsAtOnce>;
+  }
+}
+
+// One row of the input's gradient at any stride: rows[i] is the dy row of kernel row ky[i], from its first column on. Columns
+// that lie a stride apart meet the same taps, and their dy lie side by side; beyond the rows' ends are zeros. Whole vectors.
 inline void input_gradient_row(const DepthwiseGrad& p, const float* const* rows, const int64_t* ky, int64_t count,
-                               int64_t stride, const float* weight, int64_t channels, float* out, int64_t out_stride) {
+                               int64_t stride, const float* weight, int64_t channels, float* out) {
   const TrainDepthwise& s = p.conv;
-  const int64_t all = padded(s.channels);
-  for (int64_t x = 0; x < s.width; ++x, out += out_stride) {
+  const int64_t all = padded(s.channels), step = s.stride[1];
+  for (int64_t x = 0; x < smaller(step, s.width); ++x) {
     const float* at[kMaxTaps];
     const float* w[kMaxTaps];
-    int taps = 0;
+    int64_t taps = 0;
     for (int64_t kx = 0; kx < s.kernel[1]; ++kx) {
       const int64_t column = x + s.padding[1] - kx * s.dilation[1];
-      if (column < 0 || column % s.stride[1] || column / s.stride[1] >= s.out_width) continue;
+      if (column % step) continue;
       for (int64_t i = 0; i < count; ++i, ++taps) {
-        at[taps] = rows[i] + column / s.stride[1] * stride;
+        at[taps] = rows[i] + column / step * stride;
         w[taps] = weight + (ky[i] * s.kernel[1] + kx) * all;
       }
     }
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      Vec sum{};
-      for (int i = 0; i < taps; ++i) sum += load(at[i] + c) * load(w[i] + c);
-      store(out + c, sum);
-    }
+    const int64_t pixels = (s.width - x + step - 1) / step;
+    for (int64_t i = 0; taps == 0 && i < pixels; ++i)
+      __builtin_memset(out + (x + i * step) * stride, 0, round_up(channels, kLanes) * sizeof(float));
+    for (int64_t t = 0; t < taps; t += kTapsAtOnce)
+      gradient_taps_of(smaller(kTapsAtOnce, taps - t))(at + t, w + t, stride, pixels, channels, t > 0, out + x * stride,
+                                                       step * stride);
   }
 }
 
@@ -224,10 +264,10 @@ inline void depthwise_grad_row(const DepthwiseGrad& p, const DepthwiseGradScratc
     for (int64_t ky = 0; ky < q.kernel[0]; ++ky) {
       const int64_t row = y + q.padding[0] - ky * q.dilation[0];
       if (row < 0 || row % q.stride[0] || row / q.stride[0] >= q.out_height) continue;
-      s.rows[count] = s.dy_ring + row / q.stride[0] % p.dy_ring_rows * ring;
+      s.rows[count] = s.dy_ring + row / q.stride[0] % p.dy_ring_rows * ring + p.dy_padding * stride;
       s.kernel_rows[count++] = ky;
     }
-    input_gradient_row(p, s.rows, s.kernel_rows, count, stride, p.weight + c, channels, to, stride);
+    input_gradient_row(p, s.rows, s.kernel_rows, count, stride, p.weight + c, channels, to);
   }
   if (q.shuffle != 1)
     for (int64_t x = 0; x < q.width; ++x)
@@ -342,8 +382,11 @@ inline void depthwise_grad_prepare(void* params, TrainWork* work) {
   size_ring(q);
   const int64_t reach = (q.kernel[1] - 1) * q.dilation[1];
   p.dy_ring_rows = q.ring_rows + 1;
-  p.dy_padding = flips(q) ? reach - q.padding[1] : 0;
-  p.dy_ring_width = flips(q) ? q.width + reach : q.out_width;
+  // Zeros at both sides of each dy row, as far as columns of the input look for it.
+  const int64_t before = divide_up(larger(0, reach - q.padding[1]), q.stride[1]);
+  p.dy_padding = flips(q) ? reach - q.padding[1] : before;
+  p.dy_ring_width =
+      flips(q) ? q.width + reach : before + larger(q.out_width, (q.width - 1 + q.padding[1]) / q.stride[1] + 1);
   cut_depthwise(q, smaller(q.height, q.out_height), q.ring_rows * q.ring_width + p.dy_ring_rows * p.dy_ring_width + q.width);
   p.items = q.items;
   const int64_t stride = chunk_stride(q), all = padded(q.channels);

@@ -248,7 +248,8 @@ struct GatherGrad {
   int64_t items, item_pixels, sums_stride;
 };
 
-// Pooling 3x3 or other windows, forward and backward. `places`: which tap of its window won, a byte a value (maximum only).
+// Pooling 3x3 or other windows, forward and backward. `places`: which tap of its window won, a byte a value,
+// pixels kPadding channels apart or a multiple of that (maximum only).
 struct TrainPool {
   bool average;
   int64_t images, height, width, channels, out_height, out_width;

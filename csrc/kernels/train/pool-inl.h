@@ -9,43 +9,47 @@ namespace FASTBLOCKS_LEVEL {
 typedef int32_t Indices __attribute__((vector_size(FASTBLOCKS_VECTOR_BYTES)));
 typedef unsigned char Bytes __attribute__((vector_size(kLanes)));
 
-FASTBLOCKS_INLINE void store_places(unsigned char* to, int lanes, Indices place) {
+FASTBLOCKS_INLINE void store_places(unsigned char* to, Indices place) {
   const Bytes bytes = __builtin_convertvector(place, Bytes);
-  __builtin_memcpy(to, &bytes, lanes);
+  __builtin_memcpy(to, &bytes, kLanes);
 }
 
-FASTBLOCKS_INLINE Indices load_places(const unsigned char* from, int lanes) {
-  Bytes bytes{};
-  __builtin_memcpy(&bytes, from, lanes);
+FASTBLOCKS_INLINE Indices load_places(const unsigned char* from) {
+  Bytes bytes;
+  __builtin_memcpy(&bytes, from, kLanes);
   return __builtin_convertvector(bytes, Indices);
 }
 
-// One output pixel whose window begins at column `x`, which may lie outside. rows: of the window, null where outside.
+// The taps of a window that lie inside: rows [row, row_end), columns [column, column_end).
+struct Window {
+  int64_t row, row_end, column, column_end;
+};
+
+// One output pixel whose window begins at column `x`, which may lie outside.
 template <bool kAverage>
-FASTBLOCKS_INLINE void pool_pixel(const TrainPool& p, const float* const* rows, int64_t row_stride, int64_t x, float* out,
-                                  unsigned char* places) {
+FASTBLOCKS_INLINE void pool_pixel(const TrainPool& p, const float* const* rows, int64_t row_stride, int64_t x, const Window& w,
+                                  float* out, unsigned char* places) {
   const Vec share = broadcast(1.0f / (float)(p.kernel[0] * p.kernel[1]));
-  const int64_t first = larger(0, -x), last = smaller(p.kernel[1], p.width - x);
   for_channels(p.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-    Vec best = broadcast(kAverage ? 0.0f : -__builtin_inff());
     // Where all are -inf, the first tap that is there wins.
-    Indices place = Indices{} - 1;
-    for (int64_t ky = 0; ky < p.kernel[0]; ++ky) {
-      if (!rows[ky]) continue;
-      const float* at = rows[ky] + (x + first) * row_stride + c;
-      for (int64_t kx = first; kx < last; ++kx, at += row_stride) {
+    Vec best = kAverage ? Vec{} : load_some(rows[w.row] + (x + w.column) * row_stride + c, lanes);
+    Indices place = Indices{} + (int)(w.row * p.kernel[1] + w.column);
+    for (int64_t ky = w.row; ky < w.row_end; ++ky) {
+      const float* at = rows[ky] + (x + w.column) * row_stride + c;
+      int tap = (int)(ky * p.kernel[1] + w.column);
+      for (int64_t kx = w.column; kx < w.column_end; ++kx, ++tap, at += row_stride) {
         const Vec v = load_some(at, lanes);
         if (kAverage) {
           best += v;
           continue;
         }
-        const Indices wins = (Indices)((v > best) | (v != v)) | (place < 0);
-        best = (Vec)(((Indices)v & wins) | ((Indices)best & ~wins));
-        place = ((Indices{} + (int)(ky * p.kernel[1] + kx)) & wins) | (place & ~wins);
+        const auto wins = (v > best) | (v != v);
+        best = wins ? v : best;
+        place = wins ? Indices{} + tap : place;
       }
     }
     store_some(out + c, lanes, kAverage ? best * share : best);
-    if (!kAverage) store_places(places + c, lanes, place);
+    if (!kAverage) store_places(places + c, place);
   });
 }
 
@@ -70,10 +74,9 @@ inline void train_pool_run(const void* params, int64_t begin, int64_t end, char*
     int64_t next = larger(0, from * p.stride[0] - p.padding[0]);
     for (int64_t oy = from; oy < to; ++oy) {
       const int64_t y = oy * p.stride[0] - p.padding[0];
-      for (int64_t ky = 0; ky < p.kernel[0]; ++ky) {
+      Window w = {larger(0, -y), smaller(p.kernel[0], p.height - y), 0, 0};
+      for (int64_t ky = w.row; ky < w.row_end; ++ky) {
         const int64_t iy = y + ky;
-        rows[ky] = nullptr;
-        if (iy < 0 || iy >= p.height) continue;
         const float* z = p.x.data + (image * p.height + iy) * p.width * p.x.stride;
         float* row = plain ? nullptr : ring + iy % p.kernel[0] * p.width * stride;
         if (!plain && iy >= next) {
@@ -84,10 +87,11 @@ inline void train_pool_run(const void* params, int64_t begin, int64_t end, char*
       }
       for (int64_t ox = 0; ox < p.out_width; ++ox) {
         const int64_t pixel = (image * p.out_height + oy) * p.out_width + ox, x = ox * p.stride[1] - p.padding[1];
+        w.column = larger(0, -x), w.column_end = smaller(p.kernel[1], p.width - x);
         if (p.average)
-          pool_pixel<true>(p, rows, stride, x, p.y + pixel * p.y_stride, nullptr);
+          pool_pixel<true>(p, rows, stride, x, w, p.y + pixel * p.y_stride, nullptr);
         else
-          pool_pixel<false>(p, rows, stride, x, p.y + pixel * p.y_stride, p.places + pixel * p.channels);
+          pool_pixel<false>(p, rows, stride, x, w, p.y + pixel * p.y_stride, p.places + pixel * padded(p.channels));
       }
     }
   }
@@ -105,36 +109,26 @@ inline void train_pool_prepare(void* params, TrainWork* work) {
   *work = {p.items, room<float>(ring) + room<float*>(p.kernel[0])};
 }
 
-// The windows that reach an input column or row: output positions [*first, *last].
-FASTBLOCKS_INLINE void pool_windows(int64_t at, int64_t kernel, int64_t stride, int64_t padding, int64_t out, int64_t* first,
-                                    int64_t* last) {
-  *first = larger(0, divide_up(larger(0, at + padding - kernel + 1), stride));
-  *last = smaller(out - 1, (at + padding) / stride);
-}
-
+// Adds the shares of output row `oy` in a row of the input's gradient, which lies `ky` rows into its windows.
 template <bool kAverage>
-FASTBLOCKS_INLINE void pool_grad_pixel(const TrainPool& p, int64_t image, int64_t y, int64_t x, int64_t y0, int64_t y1,
-                                       float* out) {
-  int64_t x0, x1;
-  pool_windows(x, p.kernel[1], p.stride[1], p.padding[1], p.out_width, &x0, &x1);
+inline void add_pool_grad_row(const TrainPool& p, int64_t image, int64_t oy, int64_t ky, float* row, int64_t stride) {
   const Vec share = broadcast(1.0f / (float)(p.kernel[0] * p.kernel[1]));
-  const int64_t pixel = (image * p.height + y) * p.width + x;
-  for_channels(p.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-    Vec sum{};
-    for (int64_t oy = y0; oy <= y1; ++oy)
-      for (int64_t ox = x0; ox <= x1; ++ox) {
-        const int64_t from = (image * p.out_height + oy) * p.out_width + ox;
-        const Vec g = load_some(p.y + from * p.y_stride + c, lanes);
-        if (kAverage) {
-          sum += g * share;
-          continue;
-        }
-        const int tap = (int)((y + p.padding[0] - oy * p.stride[0]) * p.kernel[1] + x + p.padding[1] - ox * p.stride[1]);
-        sum += (Vec)((Indices)g & (Indices)(load_places(p.places + from * p.channels + c, lanes) == (Indices{} + tap)));
-      }
-    if (p.addend) sum += load_some(p.addend + pixel * p.addend_stride + c, lanes);
-    store(out + c, sum);
-  });
+  const int64_t first = (image * p.out_height + oy) * p.out_width, all = padded(p.channels);
+  for (int64_t ox = 0; ox < p.out_width; ++ox) {
+    const int64_t x = ox * p.stride[1] - p.padding[1];
+    const int64_t begin = larger(0, -x), end = smaller(p.kernel[1], p.width - x);
+    const float* g = p.y + (first + ox) * p.y_stride;
+    const unsigned char* places = kAverage ? nullptr : p.places + (first + ox) * all;
+    float* to = row + (x + begin) * stride;
+    for_channels(p.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+      const Vec v = kAverage ? load_some(g + c, lanes) * share : load_some(g + c, lanes);
+      const Indices place = kAverage ? Indices{} : load_places(places + c);
+      float* at = to + c;
+      int tap = (int)(ky * p.kernel[1] + begin);
+      for (int64_t kx = begin; kx < end; ++kx, ++tap, at += stride)
+        store(at, load(at) + (kAverage ? v : place == (Indices{} + tap) ? v : Vec{}));
+    });
+  }
 }
 
 inline void pool_grad_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
@@ -148,15 +142,24 @@ inline void pool_grad_run(const void* params, int64_t begin, int64_t end, char* 
     pool_rows(p, item, p.height, &image, &from, &to);
     sums.clear(p.channels);
     for (int64_t y = from; y < to; ++y) {
-      int64_t y0, y1;
-      pool_windows(y, p.kernel[0], p.stride[0], p.padding[0], p.out_height, &y0, &y1);
-      for (int64_t x = 0; x < p.width; ++x) {
-        if (p.average)
-          pool_grad_pixel<true>(p, image, y, x, y0, y1, row + x * stride);
-        else
-          pool_grad_pixel<false>(p, image, y, x, y0, y1, row + x * stride);
-      }
       const int64_t pixel = (image * p.height + y) * p.width;
+      if (p.addend)
+        for (int64_t x = 0; x < p.width; ++x)
+          for_channels(p.channels, [&](int64_t c, auto lanes) {
+            store(row + x * stride + c, load_some(p.addend + (pixel + x) * p.addend_stride + c, lanes));
+          });
+      else
+        __builtin_memset(row, 0, p.width * stride * sizeof(float));
+      // The output rows whose windows reach this one.
+      const int64_t first = larger(0, divide_up(larger(0, y + p.padding[0] - p.kernel[0] + 1), p.stride[0]));
+      const int64_t last = smaller(p.out_height - 1, (y + p.padding[0]) / p.stride[0]);
+      for (int64_t oy = first; oy <= last; ++oy) {
+        const int64_t ky = y + p.padding[0] - oy * p.stride[0];
+        if (p.average)
+          add_pool_grad_row<true>(p, image, oy, ky, row, stride);
+        else
+          add_pool_grad_row<false>(p, image, oy, ky, row, stride);
+      }
       finish(p.finish, row, stride, p.dx + pixel * p.dx_stride, p.dx_stride, pixel, p.width, 0, p.channels, sums);
     }
     if (p.finish.partials) sums.write(p.channels, p.finish.partials + item * 2 * padded(p.channels));
