@@ -151,7 +151,8 @@ PyObject* backward(PyObject* const* args) {
   size_t at = last + 1;
   for (size_t i = 0; i < program.nodes.size(); ++i)
     if (program.nodes[i].kind == Kind::kMaxPool)
-      b.places[i] = reinterpret_cast<unsigned char*>(same_floats(saved[at++], b.shapes[i + 1].pixels() * round16(b.shapes[i + 1].c) / 4));
+      b.places[i] =
+          reinterpret_cast<unsigned char*>(same_floats(saved[at++], b.shapes[i + 1].pixels() * round16(b.shapes[i + 1].c) / 4));
   const Py_ssize_t count = 1 + 3 * program.convs;
   PyObject** flags = items(args[6], count);
   std::vector<bool> needs;

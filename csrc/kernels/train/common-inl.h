@@ -201,11 +201,7 @@ inline void store_moments(const Moments& m, int64_t count, double* out) {
 // ---------------------------------------------------------------------------------------------------- finishing
 
 // Zero where the activation was not the identity. A NaN was, as torch has it.
-FASTBLOCKS_INLINE Vec masked(Vec g, Vec v, const Clamp& clamp) {
-  typedef int32_t Bits __attribute__((vector_size(FASTBLOCKS_VECTOR_BYTES)));
-  const Bits dead = (v <= broadcast(clamp.low)) | (v >= broadcast(clamp.high));
-  return (Vec)((Bits)g & ~dead);
-}
+FASTBLOCKS_INLINE Vec masked(Vec g, Vec v, Vec low, Vec high) { return (v <= low) | (v >= high) ? Vec{} : g; }
 
 struct Sums {
   double *g, *gz;  // padded
@@ -223,37 +219,41 @@ struct Sums {
 };
 
 // V vectors at channel `c` of z, `offset` of g and out.
-template <Mask kMask, bool kSums, bool kStream, int V>
+template <Mask kMask, bool kSums, bool kWrite, bool kStream, int V>
 FASTBLOCKS_INLINE void finish_vectors(const Finish& f, const float* g, int64_t g_stride, float* out, int64_t out_stride,
                                       int64_t pixel, int64_t pixels, int64_t c, int lanes, Sums& sums) {
   const bool centre = kSums || kMask == Mask::kNorm;
   const float* z = centre ? f.z + pixel * f.z_stride + c : nullptr;
   const float* y = kMask == Mask::kOutput ? f.y + pixel * f.z_stride + c : nullptr;
-  const float *mean = centre ? f.norm.mean + c : nullptr, *scale = f.norm.scale + c, *shift = f.norm.shift + c;
   const int64_t z_stride = f.z_stride;
-  const Clamp clamp = f.clamp;
-  Vec sum[V] = {}, sum_z[V] = {};
+  const Vec low = broadcast(f.clamp.low), high = broadcast(f.clamp.high);
+  Vec mean[V], scale[V], shift[V], sum[V] = {}, sum_z[V] = {};
+#pragma GCC unroll 4
+  for (int i = 0; i < V; ++i) {
+    if (centre) mean[i] = load(f.norm.mean + c + i * kLanes);
+    if (kMask == Mask::kNorm) scale[i] = load(f.norm.scale + c + i * kLanes), shift[i] = load(f.norm.shift + c + i * kLanes);
+  }
   for (int64_t m = 0; m < pixels; ++m) {
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) {
       const int64_t at = i * kLanes;
       Vec v = load_some(g + at, lanes), centred{};
-      if (centre) centred = load_some(z + at, lanes) - load(mean + at);
-      if (kMask == Mask::kNorm) v = masked(v, centred * load(scale + at) + load(shift + at), clamp);
-      if (kMask == Mask::kOutput) v = masked(v, load_some(y + at, lanes), clamp);
+      if (centre) centred = load_some(z + at, lanes) - mean[i];
+      if (kMask == Mask::kNorm) v = masked(v, centred * scale[i] + shift[i], low, high);
+      if (kMask == Mask::kOutput) v = masked(v, load_some(y + at, lanes), low, high);
       if (kSums) {
         sum[i] += v;
         sum_z[i] += v * centred;
       }
       if (kStream)
         stream(out + at, v);
-      else if (out)
+      else if (kWrite)
         store_some(out + at, lanes, v);
     }
     g += g_stride;
     if (centre) z += z_stride;
     if (kMask == Mask::kOutput) y += z_stride;
-    if (out) out += out_stride;
+    if (kWrite) out += out_stride;
   }
   for (int i = 0; kSums && i < V; ++i) {
     add_lanes(sums.g + c + i * kLanes, sum[i]);
@@ -261,12 +261,12 @@ FASTBLOCKS_INLINE void finish_vectors(const Finish& f, const float* g, int64_t g
   }
 }
 
-template <Mask kMask, bool kSums, bool kStream>
+template <Mask kMask, bool kSums, bool kWrite, bool kStream>
 inline void finish_channels(const Finish& f, const float* g, int64_t g_stride, float* out, int64_t out_stride, int64_t pixel,
                             int64_t pixels, int64_t first, int64_t channels, Sums& sums) {
   for_vectors(channels, [&](int64_t c, auto vectors, auto lanes) __attribute__((always_inline)) {
-    finish_vectors<kMask, kSums, kStream, decltype(vectors)::value>(f, g + c, g_stride, out ? out + c : nullptr, out_stride,
-                                                                    pixel, pixels, first + c, lanes, sums);
+    finish_vectors<kMask, kSums, kWrite, kStream, decltype(vectors)::value>(f, g + c, g_stride, out + c, out_stride, pixel,
+                                                                            pixels, first + c, lanes, sums);
   });
 }
 
@@ -279,10 +279,12 @@ inline void finish(const Finish& f, const float* g, int64_t g_stride, float* out
   const auto either = [&](auto mask, auto summed) {
     constexpr Mask kMask = (Mask) decltype(mask)::value;
     constexpr bool kSums = decltype(summed)::value;
-    if (f.stream)
-      run(finish_channels<kMask, kSums, true>);
+    if (!out)
+      run(finish_channels<kMask, kSums, false, false>);
+    else if (f.stream)
+      run(finish_channels<kMask, kSums, true, true>);
     else
-      run(finish_channels<kMask, kSums, false>);
+      run(finish_channels<kMask, kSums, true, false>);
   };
   if (f.mask == Mask::kNorm) return either(Number<(int)Mask::kNorm>(), Number<1>());
   if (f.mask == Mask::kOutput)

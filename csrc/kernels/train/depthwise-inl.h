@@ -385,8 +385,7 @@ inline void depthwise_grad_prepare(void* params, TrainWork* work) {
   // Zeros at both sides of each dy row, as far as columns of the input look for it.
   const int64_t before = divide_up(larger(0, reach - q.padding[1]), q.stride[1]);
   p.dy_padding = flips(q) ? reach - q.padding[1] : before;
-  p.dy_ring_width =
-      flips(q) ? q.width + reach : before + larger(q.out_width, (q.width - 1 + q.padding[1]) / q.stride[1] + 1);
+  p.dy_ring_width = flips(q) ? q.width + reach : before + larger(q.out_width, (q.width - 1 + q.padding[1]) / q.stride[1] + 1);
   cut_depthwise(q, smaller(q.height, q.out_height), q.ring_rows * q.ring_width + p.dy_ring_rows * p.dy_ring_width + q.width);
   p.items = q.items;
   const int64_t stride = chunk_stride(q), all = padded(q.channels);
