@@ -51,12 +51,12 @@ bool Arena::reserve(size_t bytes) {
   auto region = std::make_unique<Region>();
   region->memory = memory, region->bytes = size;
   region->free[0] = size;
-  region->resident.assign(size / kHugePage, false);
+  region->resident.assign(size / kHugePage, false), region->trimmed = region->resident;
   regions_.push_back(std::move(region));
   return true;
 }
 
-char* Arena::cut(Region& region, std::map<size_t, size_t>::iterator hole, size_t bytes, bool* fresh) {
+char* Arena::cut(Region& region, std::map<size_t, size_t>::iterator hole, size_t bytes, size_t* fresh, size_t* again) {
   const size_t at = hole->first, room = hole->second;
   region.free.erase(hole);
   if (room > bytes) region.free[at + bytes] = room - bytes;
@@ -64,20 +64,22 @@ char* Arena::cut(Region& region, std::map<size_t, size_t>::iterator hole, size_t
     if (region.resident[page]) continue;
     region.resident[page] = true;
     ++resident_pages_;
-    *fresh = true;
+    *fresh += kHugePage;
+    *again += region.trimmed[page] ? kHugePage : 0;
+    region.trimmed[page] = false;
   }
   return region.memory + at;
 }
 
-char* Arena::take(size_t bytes, bool* fresh) {
-  *fresh = false;
+char* Arena::take(size_t bytes, size_t* fresh, size_t* again) {
+  *fresh = *again = 0;
   // The smallest hole that is large enough: large ones stay whole.
   for (int attempt = 0; attempt < 2; ++attempt) {
     for (auto& region : regions_) {
       auto best = region->free.end();
       for (auto hole = region->free.begin(); hole != region->free.end(); ++hole)
         if (hole->second >= bytes && (best == region->free.end() || hole->second < best->second)) best = hole;
-      if (best != region->free.end()) return cut(*region, best, bytes, fresh);
+      if (best != region->free.end()) return cut(*region, best, bytes, fresh, again);
     }
     if (attempt == 0 && !reserve(bytes)) return nullptr;
   }
@@ -105,7 +107,7 @@ void Arena::give(char* block, size_t bytes) {
   }
 }
 
-void Arena::trim(size_t bytes) {
+void Arena::trim(size_t bytes, bool asked) {
   for (size_t r = regions_.size(); r-- > 0;) {
     Region& region = *regions_[r];
     for (auto hole = region.free.rbegin(); hole != region.free.rend(); ++hole) {
@@ -114,7 +116,7 @@ void Arena::trim(size_t bytes) {
         if (resident_bytes() <= bytes) return;
         if (!region.resident[page]) continue;
         madvise(region.memory + page * kHugePage, kHugePage, MADV_DONTNEED);
-        region.resident[page] = false;
+        region.resident[page] = false, region.trimmed[page] = !asked;
         --resident_pages_;
       }
     }

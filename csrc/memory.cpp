@@ -19,7 +19,9 @@ constexpr size_t kChunk = 8 * kHugePage;
 constexpr size_t kLargestCarved = kHugePage;
 
 // Unused memory of larger slabs is kept while all slabs, used and unused, take no more than nine eighths of what was ever in
-// use at once (a program that repeats itself then finds what it needs), or this; carved slabs stay with their chunk.
+// use at once, or this; carved slabs stay with their chunk. Where that was not enough, for memory is needed again that was
+// given back, the limit grows by as much, to at most twice what was in use: a program that repeats itself comes to find what it
+// needs.
 constexpr int64_t kLimit = int64_t(128) << 20;
 
 struct Chunk {
@@ -58,7 +60,8 @@ struct Pool {
   std::vector<Header*> free[kClasses];
   std::vector<Chunk*> chunks;
   Arena arena;
-  size_t large_bytes = 0;  // of the arena, in use
+  size_t large_bytes = 0;   // of the arena, in use
+  int64_t again_bytes = 0;  // given back too early
   MemoryStats stats{};
 
   Pool() {
@@ -103,10 +106,11 @@ struct Pool {
 
   Header* take_large(size_t bytes, bool* hit) {
     bytes = Arena::block_bytes(bytes);
-    bool fresh;
-    char* block = arena.take(bytes, &fresh);
+    size_t fresh, again;
+    char* block = arena.take(bytes, &fresh, &again);
     if (!block) return nullptr;
-    *hit = !fresh;
+    *hit = fresh == 0;
+    again_bytes += (int64_t)again;
     large_bytes += bytes;
     Header* slab = reinterpret_cast<Header*>(block);
     *slab = Header{bytes, 0, nullptr};
@@ -125,6 +129,12 @@ struct Pool {
     arena.give(reinterpret_cast<char*>(slab), bytes);
   }
 
+  void raise_limit() {
+    const int64_t peak = stats.peak_active_bytes;
+    again_bytes = std::min(again_bytes, peak / 8 * 7);
+    stats.limit_bytes = std::max(stats.limit_bytes, std::max(kLimit, peak / 8 * 9) + again_bytes);
+  }
+
   // Unused bytes of the arena.
   int64_t spare_bytes() const { return (int64_t)(arena.resident_bytes() - large_bytes); }
 
@@ -135,7 +145,7 @@ struct Pool {
   }
 
   void drop_unused() {
-    arena.trim(0);
+    arena.trim(0, true);
     for (auto& slabs : free) {
       const auto kept = std::partition(slabs.begin(), slabs.end(), [](Header* slab) { return slab->chunk->live > 0; });
       for (auto it = kept; it != slabs.end(); ++it) stats.cached_bytes -= (*it)->bytes;
@@ -165,7 +175,7 @@ void* acquire_slab(size_t bytes) {
   ++(hit ? p.stats.hits : p.stats.misses);
   p.stats.active_bytes += slab->bytes;
   p.stats.peak_active_bytes = std::max(p.stats.peak_active_bytes, p.stats.active_bytes);
-  p.stats.limit_bytes = std::max(kLimit, p.stats.peak_active_bytes / 8 * 9);
+  p.raise_limit();
   if (!hit) p.trim();
   return slab + 1;
 }
