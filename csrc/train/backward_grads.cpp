@@ -101,6 +101,7 @@ void Backward::finish_pass(int64_t value, const Grad* addend) {
   if (p.finish.mask != Mask::kNone || addend) {
     to = fresh(value);
     p.out = to.data, p.out_stride = to.stride;
+    p.finish.stream = streams(s);
   }
   if (addend) p.addend = addend->data, p.addend_stride = addend->stride;
   plan_.stage();

@@ -75,6 +75,7 @@ class Forward {
         p.pixels = out.pixels(), p.channels = out.c, p.y = b_.values[value], p.y_stride = out.c;
         p.a = b_.source(node.input), p.clamp = node.clamp();
         if (node.kind == Kind::kAdd) p.b = b_.source(node.other);
+        p.stream = streams(out);
         plan_.add(t.join, p);
         return;
       }

@@ -50,7 +50,7 @@ inline void join_run(const void* params, int64_t begin, int64_t end, char* memor
   float* a = scratch.take<float>(kPassBlock * stride + kPadding);
   float* b = scratch.take<float>(kPassBlock * stride + kPadding);
   const Vec low = broadcast(p.clamp.low), high = broadcast(p.clamp.high);
-  for (int64_t item = begin; item < end; ++item)
+  for (int64_t item = begin; item < end; ++item) {
     for_blocks(p, item, [&](int64_t m, int64_t pixels) {
       read_source(p.a, p.a.data + m * p.a.stride, pixels, 0, p.channels, a, stride);
       if (p.b.data) read_source(p.b, p.b.data + m * p.b.stride, pixels, 0, p.channels, b, stride);
@@ -58,9 +58,14 @@ inline void join_run(const void* params, int64_t begin, int64_t end, char* memor
         for_channels(p.channels, [&](int64_t c, auto lanes) {
           Vec v = load(a + i * stride + c);
           if (p.b.data) v = clamped(v + load(b + i * stride + c), low, high);
-          store_some(p.y + (m + i) * p.y_stride + c, lanes, v);
+          if (p.stream)
+            stream(p.y + (m + i) * p.y_stride + c, v);
+          else
+            store_some(p.y + (m + i) * p.y_stride + c, lanes, v);
         });
     });
+    if (p.stream) fence();
+  }
 }
 
 inline void join_prepare(void* params, TrainWork* work) {
@@ -90,6 +95,7 @@ inline void finish_run(const void* params, int64_t begin, int64_t end, char* mem
       }
       finish(p.finish, g, g_stride, p.out ? p.out + m * p.out_stride : nullptr, p.out_stride, m, pixels, 0, p.channels, sums);
     });
+    if (p.finish.stream) fence();
     if (p.finish.partials) sums.write(p.channels, p.finish.partials + item * 2 * padded(p.channels));
   }
 }

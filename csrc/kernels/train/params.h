@@ -211,6 +211,7 @@ struct Join {
   Clamp clamp;
   float* y;
   int64_t y_stride;
+  bool stream;                 // y is too large for the caches
   int64_t items, item_pixels;  // set by prepare
 };
 
