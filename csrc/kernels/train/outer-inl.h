@@ -9,17 +9,19 @@ namespace FASTBLOCKS_LEVEL {
 
 constexpr int kOuterRows = kRegisters == 32 ? 12 : 6;
 
-// Two streams of memory that is needed soon: each pixel of a tile fetches some of both, so that reading them overlaps with
-// computing all the time.
-struct Streams {
-  const float* at[2];
-  int64_t step[2];  // floats a pixel
+// Streams of memory that is needed soon: each pixel of a tile fetches some of all, so that reading them overlaps with computing
+// all the time.
+struct Stream {
+  const float* at;
+  int64_t step;  // floats a pixel
 };
 
-template <int R, int V>
+template <int S, int R, int V>
 inline void outer_tile(const float* dy, int64_t dy_stride, const float* x, int64_t x_stride, int64_t pixels, float* out,
-                       int64_t out_stride, bool add, Streams& soon) {
-  const float *first = soon.at[0], *second = soon.at[1];
+                       int64_t out_stride, bool add, Stream* soon) {
+  // One by one: the compiler puts the elements of an array into a vector register, which the sums need.
+  const float *first = soon[0].at, *second = soon[1].at, *third = soon[S - 2].at, *fourth = soon[S - 1].at;
+  const int64_t step0 = soon[0].step, step1 = soon[1].step, step2 = soon[S - 2].step, step3 = soon[S - 1].step;
   Vec sum[R][V];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
@@ -31,9 +33,12 @@ inline void outer_tile(const float* dy, int64_t dy_stride, const float* x, int64
     __builtin_prefetch(out + r * out_stride + V * kLanes - 1, 1);
   }
   for (int64_t m = 0; m < pixels; ++m, dy += dy_stride, x += x_stride) {
-    __builtin_prefetch(first);
-    __builtin_prefetch(second);
-    first += soon.step[0], second += soon.step[1];
+    __builtin_prefetch(first), first += step0;
+    __builtin_prefetch(second), second += step1;
+    if (S == 4) {
+      __builtin_prefetch(third), third += step2;
+      __builtin_prefetch(fourth), fourth += step3;
+    }
     Vec b[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) b[v] = load(x + v * kLanes);
@@ -44,7 +49,8 @@ inline void outer_tile(const float* dy, int64_t dy_stride, const float* x, int64
       for (int v = 0; v < V; ++v) sum[r][v] += a * b[v];
     }
   }
-  soon.at[0] = first, soon.at[1] = second;
+  soon[0].at = first, soon[1].at = second;
+  if (S == 4) soon[S - 2].at = third, soon[S - 1].at = fourth;
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -54,43 +60,42 @@ inline void outer_tile(const float* dy, int64_t dy_stride, const float* x, int64
     }
 }
 
-typedef void (*OuterTile)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool, Streams&);
+typedef void (*OuterTile)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool, Stream*);
 
-template <int V>
+template <int S, int V>
 FASTBLOCKS_INLINE OuterTile outer_tile_of(int64_t rows) {
   switch (rows) {
-    case 1: return outer_tile<1, V>;
-    case 2: return outer_tile<2, V>;
-    case 3: return outer_tile<3, V>;
-    case 4: return outer_tile<4, V>;
-    case 5: return outer_tile<5, V>;
-    case 6: return outer_tile<6, V>;
+    case 1: return outer_tile<S, 1, V>;
+    case 2: return outer_tile<S, 2, V>;
+    case 3: return outer_tile<S, 3, V>;
+    case 4: return outer_tile<S, 4, V>;
+    case 5: return outer_tile<S, 5, V>;
+    case 6: return outer_tile<S, 6, V>;
 #if FASTBLOCKS_VECTOR_BYTES == 64
-    case 7: return outer_tile<7, V>;
-    case 8: return outer_tile<8, V>;
-    case 9: return outer_tile<9, V>;
-    case 10: return outer_tile<10, V>;
-    case 11: return outer_tile<11, V>;
-    case 12: return outer_tile<12, V>;
+    case 7: return outer_tile<S, 7, V>;
+    case 8: return outer_tile<S, 8, V>;
+    case 9: return outer_tile<S, 9, V>;
+    case 10: return outer_tile<S, 10, V>;
+    case 11: return outer_tile<S, 11, V>;
+    case 12: return outer_tile<S, 12, V>;
 #endif
     default: return nullptr;
   }
 }
 
-// Rows are split evenly over tiles; columns come in pairs of vectors. Writes whole vectors of columns. What is needed soon is
-// fetched on the way.
-inline void outer(const float* dy, int64_t dy_stride, int64_t rows, const float* x, int64_t x_stride, int64_t columns,
-                  int64_t pixels, float* out, int64_t out_stride, bool add, const Range& soon = {},
-                  const Range& soon_too = {}) {
+template <int S>
+inline void outer_with(const float* dy, int64_t dy_stride, int64_t rows, const float* x, int64_t x_stride, int64_t columns,
+                       int64_t pixels, float* out, int64_t out_stride, bool add, const Range* soon) {
   const int64_t tiles = divide_up(rows, kOuterRows), base = rows / tiles, extra = rows % tiles;
   // Where there is nothing to fetch, the same line again and again costs nothing.
   const int64_t steps = tiles * divide_up(columns, 2 * kLanes) * pixels;
-  Streams streams = {{soon.data ? soon.data : dy, soon_too.data ? soon_too.data : dy},
-                     {soon.data ? divide_up(soon.floats, steps) : 0, soon_too.data ? divide_up(soon_too.floats, steps) : 0}};
+  Stream streams[S];
+  for (int i = 0; i < S; ++i)
+    streams[i] = soon[i].data ? Stream{soon[i].data, divide_up(soon[i].floats, steps)} : Stream{dy, 0};
   for (int64_t c = 0; c < columns;) {
     const bool pair = c + kLanes < columns;
-    const OuterTile large = pair ? outer_tile_of<2>(base + 1) : outer_tile_of<1>(base + 1);
-    const OuterTile small = pair ? outer_tile_of<2>(base) : outer_tile_of<1>(base);
+    const OuterTile large = pair ? outer_tile_of<S, 2>(base + 1) : outer_tile_of<S, 1>(base + 1);
+    const OuterTile small = pair ? outer_tile_of<S, 2>(base) : outer_tile_of<S, 1>(base);
     int64_t r = 0;
     for (int64_t t = 0; t < tiles; ++t) {
       const bool more = t < extra;
@@ -99,6 +104,16 @@ inline void outer(const float* dy, int64_t dy_stride, int64_t rows, const float*
     }
     c += pair ? 2 * kLanes : kLanes;
   }
+}
+
+// Rows are split evenly over tiles; columns come in pairs of vectors. Writes whole vectors of columns. The two or four ranges
+// of `soon` are fetched on the way.
+inline void outer(const float* dy, int64_t dy_stride, int64_t rows, const float* x, int64_t x_stride, int64_t columns,
+                  int64_t pixels, float* out, int64_t out_stride, bool add, const Range* soon, int ranges) {
+  if (ranges > 2)
+    outer_with<4>(dy, dy_stride, rows, x, x_stride, columns, pixels, out, out_stride, add, soon);
+  else
+    outer_with<2>(dy, dy_stride, rows, x, x_stride, columns, pixels, out, out_stride, add, soon);
 }
 
 }  // namespace FASTBLOCKS_LEVEL

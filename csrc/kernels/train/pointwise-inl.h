@@ -67,6 +67,13 @@ inline void train_pointwise_prepare(void* params, TrainWork* work) {
 // Whether the gradient of the input is made in scratch, and goes from there to where it belongs.
 FASTBLOCKS_INLINE bool writes_block(const PointwiseGrad& p) { return p.pieces > 1 || p.dx->finish.stream; }
 
+// What finishing the first piece's gradient reads beside what the product has read: the z of a sum's second part.
+FASTBLOCKS_INLINE Range finish_range(const PointwiseGrad& p, int64_t pixel, int64_t pixels) {
+  const Finish& f = p.dx->finish;
+  if (!p.weight || !p.dx->dx || !f.z || f.z == p.x->source.data) return {nullptr, 0};
+  return {f.z + pixel * f.z_stride, pixels * f.z_stride};
+}
+
 inline void pointwise_grad_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
   const PointwiseGrad& p = *static_cast<const PointwiseGrad*>(params);
   Scratch scratch(memory);
@@ -89,9 +96,14 @@ inline void pointwise_grad_run(const void* params, int64_t begin, int64_t end, c
       if (p.weight_partials) {
         read_pieces(p.x, p.pieces, m, pixels, x, p.x_stride);
         float* out = p.weight_partials + item * p.out_channels * p.weight_stride;
-        for (int64_t g = 0; g < p.groups; ++g)
+        const Range addend = {p.addend ? p.addend + m * p.addend_stride : nullptr, pixels * p.addend_stride};
+        const Range masks = finish_range(p, m, pixels);
+        for (int64_t g = 0; g < p.groups; ++g) {
+          const Range soon[4] = {next_g.part(g, p.groups), next_z.part(g, p.groups), addend.part(g, p.groups),
+                                 masks.part(g, p.groups)};
           outer(dy + g * n, p.dy_stride, n, x + g * k, p.x_stride, k, pixels, out + g * n * p.weight_stride, p.weight_stride,
-                m > from, next_g.part(g, p.groups), next_z.part(g, p.groups));
+                m > from, soon, addend.data || masks.data ? 4 : 2);
+        }
       }
       if (p.weight) {
         float* dx = in_place ? p.dx->dx + m * p.dx->stride : block;
