@@ -19,8 +19,13 @@ from fastblocks.functional import ConvBN, training
 
 
 def _tiers() -> list[Any]:
-    """The reference, and the native tier at every instruction set level that this CPU has."""
+    """The reference, numba, and the native tier at every instruction set level that this CPU has."""
     tiers: list[Any] = [pytest.param("reference", id="reference")]
+    try:
+        with fastblocks.use_backend("numba"):
+            tiers.append(pytest.param("numba", id="numba"))
+    except RuntimeError as error:
+        tiers.append(pytest.param("numba", id="numba", marks=pytest.mark.skip(reason=str(error))))
     try:
         with fastblocks.use_backend("native"):
             from fastblocks.backends import native
@@ -31,7 +36,7 @@ def _tiers() -> list[Any]:
 
 @contextlib.contextmanager
 def running(tier: str) -> Iterator[None]:
-    """Run under a tier: "reference", "native", or "native" and a level."""
+    """Run under a tier: "reference", "numba", "native", or "native" and a level."""
     name, _, level = tier.partition(" ")
     with fastblocks.use_backend(name), contextlib.ExitStack() as stack:
         if level:
@@ -48,9 +53,9 @@ def tier(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=[_tiers()[0], _tiers()[-1]])
+@pytest.fixture(params=[*_tiers()[:2], _tiers()[-1]])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The reference and the fastest level alone: for what does not depend on the kernels."""
+    """The reference, numba and the fastest native level alone: for what does not depend on the kernels."""
     with running(request.param):
         yield request.param
 

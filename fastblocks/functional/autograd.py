@@ -118,7 +118,7 @@ class Shuffle(torch.autograd.Function):
 def differentiable(name: str, args: Sequence[Any]) -> Any:
     """The current tier's function on checked arguments, recorded for backward; without torch's dispatcher."""
     function = state.table[name]
-    if state.native is None:
+    if state.compiled is None:
         return function(*args)
     if name in SHUFFLES:
         return Shuffle.apply(function, args[-1], *args[:-1])

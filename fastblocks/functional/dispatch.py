@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fastblocks.backends import reference, state
+from fastblocks.backends import counts, reference, state
 from fastblocks.functional.autograd import differentiable
 from fastblocks.functional.plain import (
     autocast,
@@ -21,6 +21,19 @@ from fastblocks.functional.plain import (
 from fastblocks.functional.registration import OPS
 
 _grad = torch.is_grad_enabled
+
+
+def _reason(input: Tensor) -> str | None:
+    """Why no tier but the reference takes a call, or None."""
+    if input.dtype is not torch.float32:
+        return f"the input's dtype is {input.dtype}, not torch.float32"
+    if not input.is_cpu:
+        return f"the input is on {input.device}, not on the CPU"
+    if functorch_level() is not None:
+        return "a torch.func transform is active"
+    if autocast():
+        return "autocast is on"
+    return "forward-mode derivatives are computed" if forward_derivatives() else None
 
 
 @overload
@@ -39,18 +52,22 @@ def run(name: str, args: tuple[Any, ...], tensors: Iterable[Any]) -> Any:
     The dispatcher costs more than a small kernel, so it is left out where it would do nothing.
     """
     input: Tensor = args[0]
-    table = state.native
+    table = state.compiled
     if is_compiling():
         takes = table is not None and input.dtype is torch.float32 and input.device.type == "cpu"
         return OPS[name](*args) if takes and not torch.is_autocast_enabled("cpu") else reference.TABLE[name](*args)
-    if table is None or input.dtype is not torch.float32 or not input.is_cpu:
+    reason = None if table is None else _reason(input)
+    if table is None or reason is not None:
+        if reason is not None:
+            counts.fell_back(name, reason)
+        counts.called(name, "reference")
         # plain torch calls trace, transform and differentiate by themselves
-        return reference.TABLE[name](*args)
-    if functorch_level() is not None or autocast() or forward_derivatives():
         return reference.TABLE[name](*args)
     tensors = tuple(tensors)
     if not nothing_watches() or not readable(tensors):
         return OPS[name](*args)
+    if state.name == "native":  # the numba tier counts its own calls, those from call sites too
+        counts.called(name, "native")
     if _grad() and any(t is not None and t.requires_grad for t in tensors):
         return differentiable(name, args)
     return table[name](*args)

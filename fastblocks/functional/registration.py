@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
-from fastblocks.backends import reference, state
+from fastblocks.backends import counts, reference, state
 from fastblocks.functional import autograd
 from fastblocks.functional.checks import CHECKS
 from fastblocks.functional.flops import FLOPS
@@ -56,14 +56,19 @@ def _restrided(y: Tensor, promised: Tensor) -> Tensor:
     return torch.empty_strided(y.shape, promised.stride(), dtype=y.dtype, device=y.device).copy_(y)
 
 
-def _kernel(name: str, native: bool) -> Callable[..., Any]:
+def _kernel(name: str, compiled: bool) -> Callable[..., Any]:
     check, fake, plain = CHECKS[name], FAKES[name], reference.TABLE[name]
 
     def run(*args: Any) -> Any:
         check(*args)
-        table = state.native
-        if native and table is not None and args[0].dtype is torch.float32:
+        table = state.compiled
+        if compiled and table is not None and args[0].dtype is torch.float32:
+            if state.name == "native":
+                counts.called(name, "native")
             return table[name](*dense(args))
+        if table is not None:
+            counts.fell_back(name, f"{args[0].dtype} on {args[0].device.type}")
+        counts.called(name, "reference")
         with torch.autocast(args[0].device.type, enabled=False):
             y = plain(*args)
         # torch's convolutions choose the format by dtype as well; what was promised to tracers is one rule
@@ -80,8 +85,8 @@ def _register() -> dict[str, Callable[..., Any]]:
     ops: dict[str, Callable[..., Any]] = {}
     for name, schema in SCHEMAS.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, _kernel(name, native=True), "CPU")
-        library.impl(name, _kernel(name, native=False), "CompositeExplicitAutograd")
+        library.impl(name, _kernel(name, compiled=True), "CPU")
+        library.impl(name, _kernel(name, compiled=False), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastblocks::{name}", FAKES[name], lib=library)
         library.impl(name, autograd.kernel(name), "Autograd", with_keyset=True)
         packet = getattr(torch.ops.fastblocks, name)

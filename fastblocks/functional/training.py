@@ -1,6 +1,6 @@
 """Chains of layers with gradients or batch statistics, as one op forward and one backward.
 
-The forward half of the native tier keeps each convolution's output as it was before BatchNorm, and the BatchNorms'
+The forward half of a compiled tier keeps each convolution's output as it was before BatchNorm, and the BatchNorms'
 constants; activated tensors inside the chain are never stored. The backward half reads those.
 """
 
@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastblocks.backends import chain_functions, reference_training, state
+from fastblocks.backends import chain_functions, reference_training
 from fastblocks.backends.layout import suggests_channels_last
 from fastblocks.backends.program import Kind, Program, Tensors, output_is_saved
 from fastblocks.functional.plain import forward_derivatives, gradient_batch, nothing_watches, readable
 
 
 @lru_cache(maxsize=512)
-def _compiled(program: Program) -> Any:
-    """The program in the extension's form."""
-    return chain_functions.make_program(tuple(node.flat() for node in program))
+def _compiled(functions: Any, program: Program) -> Any:
+    """The program in a tier's form."""
+    return functions.make_program(tuple(node.flat() for node in program))
 
 
 def _spread(parts: Sequence[bool], found: Sequence[Tensor]) -> list[Tensor | None]:
@@ -34,9 +34,10 @@ def _spread(parts: Sequence[bool], found: Sequence[Tensor]) -> list[Tensor | Non
 class _Call:
     """One call of a chain, without the tensors that autograd saves."""
 
-    __slots__ = ("affine", "program", "running", "weights")
+    __slots__ = ("affine", "functions", "program", "running", "weights")
 
-    def __init__(self, program: Program, tensors: Tensors) -> None:
+    def __init__(self, functions: Any, program: Program, tensors: Tensors) -> None:
+        self.functions = functions  # of the tier whose forward half runs: the tier may change before the backward half
         self.program = program
         self.weights = len(tensors.weights)
         self.affine = [t is not None for t in tensors.affine]
@@ -47,11 +48,11 @@ class _Call:
         return Tensors(found[: self.weights], _spread(self.affine, found[self.weights :]), self.running, momenta)
 
 
-def _forward(program: Program, x: Tensor, tensors: Tensors) -> list[Tensor]:
-    """The extension's forward half: output, constants, values."""
+def _forward(functions: Any, program: Program, x: Tensor, tensors: Tensors) -> list[Tensor]:
+    """A tier's forward half: output, constants, values."""
     running = tuple(tensors.running)
-    results: list[Tensor] = chain_functions.forward(
-        _compiled(program), x, tuple(tensors.weights), tuple(tensors.affine), running, tuple(tensors.momenta)
+    results: list[Tensor] = functions.forward(
+        _compiled(functions, program), x, tuple(tensors.weights), tuple(tensors.affine), running, tuple(tensors.momenta)
     )
     convs = (node for node in program if node.kind <= Kind.DENSE)
     written = [t for i, node in enumerate(convs) if node.update for t in running[2 * i : 2 * i + 2] if t is not None]
@@ -68,13 +69,13 @@ def _formatted(y: Tensor, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 class _Chain(torch.autograd.Function):
-    """A chain of layers. Its backward half is the extension's, or, for derivatives of derivatives, the reference's."""
+    """A chain of layers. Its backward half is the tier's, or, for derivatives of derivatives, the reference's."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, momenta: Sequence[float], x: Tensor, *found: Tensor) -> Tensor:  # type: ignore[override]
         """Run the chain; its input, the convolutions' outputs and constants are kept."""
         tensors = call.tensors(found, momenta)
-        y, *saved = _forward(call.program, x, tensors)
+        y, *saved = _forward(call.functions, call.program, x, tensors)
         result = _formatted(y, x, tensors.weights)
         ctx.call, ctx.has_output = call, output_is_saved(call.program)
         if ctx.has_output:
@@ -100,8 +101,8 @@ class _Chain(torch.autograd.Function):
             wanted += [needs[1 + i], *affine[2 * i : 2 * i + 2]]
         tensors = call.tensors(found, ())
         weights, pairs = tuple(tensors.weights), tuple(tensors.affine)
-        grads = chain_functions.backward(
-            _compiled(call.program), grad, x, weights, pairs, (output, *saved), tuple(wanted)
+        grads = call.functions.backward(
+            _compiled(call.functions, call.program), grad, x, weights, pairs, (output, *saved), tuple(wanted)
         )
         pairs_of = [grads[1 + 3 * i + part] for i in range(call.weights) for part in (1, 2)]
         there = [g for g, is_tensor in zip(pairs_of, call.affine, strict=True) if is_tensor]
@@ -124,14 +125,14 @@ def _differentiated(call: _Call, x: Tensor, found: Sequence[Tensor], needs: Sequ
 
 
 def takes(x: Tensor, tensors: Tensors) -> bool:
-    """Whether the native tier may run a chain on these tensors, here and now."""
+    """Whether a compiled tier may run a chain on these tensors, here and now."""
     every = (x, *tensors.weights, *tensors.affine, *tensors.running)
     plain = nothing_watches() and not forward_derivatives() and readable(every)
-    return state.native is not None and plain and x.dim() == 4 and x.numel() > 0
+    return plain and x.dim() == 4 and x.numel() > 0 and chain_functions() is not None
 
 
 def chain(program: Program, x: Tensor, tensors: Tensors) -> Tensor:
-    """Run a chain by the native tier, which `takes` these tensors.
+    """Run a chain by the current tier, which `takes` these tensors.
 
     Args:
         program: the nodes; the last one stores its value.
@@ -141,8 +142,9 @@ def chain(program: Program, x: Tensor, tensors: Tensors) -> Tensor:
     Returns:
         The value of the last node. Running statistics are updated where the program says so.
     """
+    functions = chain_functions()
     found = [*tensors.weights, *(t for t in tensors.affine if t is not None)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *found)):
-        result: Tensor = _Chain.apply(_Call(program, tensors), tensors.momenta, x, *found)
+        result: Tensor = _Chain.apply(_Call(functions, program, tensors), tensors.momenta, x, *found)
         return result
-    return _formatted(_forward(program, x, tensors)[0], x, tensors.weights)
+    return _formatted(_forward(functions, program, x, tensors)[0], x, tensors.weights)

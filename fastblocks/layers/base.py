@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from fastblocks.backends import counts
 from fastblocks.functional import checks, dispatch, site
 from fastblocks.layers import train
 from fastblocks.layers.fuse import HasSites, Unit, children_reason, input_reason, modules_of
@@ -132,6 +133,7 @@ class Fused(HasSites, nn.Module):
             if not is_compiling():
                 self.__dict__["_site"] = None
                 train.warn_of_sync(train.units_of(self))
+                counts.fell_back(type(self).__name__, fused)
             self._refuse(x)
             return self._run_children(x)
         units, op = fused

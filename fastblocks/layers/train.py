@@ -241,7 +241,7 @@ def chain_of(parts: Sequence[Part], x: Tensor) -> Chain | str:
     except UnfitError as reason:
         return str(reason)
     if is_compiling() or not training.takes(x, tensors):
-        return "the native tier does not take these tensors"
+        return "no compiled tier takes these tensors"
     return Chain(program, tensors, builder.units)
 
 

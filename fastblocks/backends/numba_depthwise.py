@@ -1,0 +1,172 @@
+"""Depthwise convolution: an item is a band of output rows of an image, read through a ring of input rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from fastblocks.backends.numba_kernels import round_up
+from fastblocks.backends.numba_pool import first_of, kernel
+from fastblocks.backends.numba_vector import (
+    WIDTH,
+    clamp,
+    doubles_at,
+    floats_at,
+    fma,
+    get,
+    int64s_at,
+    put,
+    splat,
+)
+
+__all__ = ["depthwise"]
+
+
+@njit  # type: ignore[untyped-decorator]
+def zero(to: Any, at: int, count: int) -> None:
+    """Write zeros, whole vectors of them."""
+    nothing = splat(0.0)
+    for i in range(0, count, WIDTH):
+        put(to, at + i, nothing, WIDTH)
+
+
+@njit  # type: ignore[untyped-decorator]
+def load_row(
+    ring: Any, to: int, x: Any, of: int, pixel: int, width: int, channels: int, scale: Any, shift: Any, normed: bool,
+    low: Any, high: Any, order: Any, ordered: bool, room: Any,
+) -> None:  # fmt: skip
+    """A row of an input as it is read: normalised, activated, its channels in an order of their own."""
+    line = round_up(channels)
+    for j in range(width):
+        at = of + j * pixel
+        for c in range(0, channels, WIDTH):
+            v = get(x, at + c, channels - c)
+            if normed:
+                v = clamp(fma(v, get(scale, c, WIDTH), get(shift, c, WIDTH)), low, high)
+            if ordered:
+                put(room, c, v, WIDTH)
+            else:
+                put(ring, to + c, v, WIDTH)
+        if ordered:
+            for c in range(channels):
+                ring[to + c] = room[order[c]]
+            for c in range(channels, line):
+                ring[to + c] = 0.0
+        to += line
+
+
+@njit  # type: ignore[untyped-decorator]
+def _row_of_nine(
+    ring: Any, r0: int, r1: int, r2: int, step: int, apart: int, taps: Any, start: Any, started: bool, channels: int,
+    low: Any, high: Any, y: Any, to: int, y_pixel: int, width: int,
+) -> None:  # fmt: skip
+    """One output row of a 3x3 kernel, its taps in registers."""
+    line = round_up(channels)
+    for c in range(0, channels, WIDTH):
+        count = channels - c
+        w0, w1, w2 = get(taps, c, WIDTH), get(taps, line + c, WIDTH), get(taps, 2 * line + c, WIDTH)
+        w3, w4, w5 = get(taps, 3 * line + c, WIDTH), get(taps, 4 * line + c, WIDTH), get(taps, 5 * line + c, WIDTH)
+        w6, w7, w8 = get(taps, 6 * line + c, WIDTH), get(taps, 7 * line + c, WIDTH), get(taps, 8 * line + c, WIDTH)
+        base = get(start, c, WIDTH) if started else splat(0.0)
+        for j in range(width):
+            at = j * step + c
+            v = fma(get(ring, r0 + at, WIDTH), w0, base)
+            v = fma(get(ring, r0 + at + apart, WIDTH), w1, v)
+            v = fma(get(ring, r0 + at + 2 * apart, WIDTH), w2, v)
+            v = fma(get(ring, r1 + at, WIDTH), w3, v)
+            v = fma(get(ring, r1 + at + apart, WIDTH), w4, v)
+            v = fma(get(ring, r1 + at + 2 * apart, WIDTH), w5, v)
+            v = fma(get(ring, r2 + at, WIDTH), w6, v)
+            v = fma(get(ring, r2 + at + apart, WIDTH), w7, v)
+            v = fma(get(ring, r2 + at + 2 * apart, WIDTH), w8, v)
+            put(y, to + j * y_pixel + c, clamp(v, low, high), count)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _row(
+    ring: Any, row: int, span: int, length: int, kernel_h: int, kernel_w: int, dilation_h: int, step: int, apart: int,
+    taps: Any, start: Any, started: bool, channels: int, low: Any, high: Any, y: Any, to: int, y_pixel: int,
+    width: int,
+) -> None:  # fmt: skip
+    """One output row of any kernel; `row` is the first input row, counted from the padding's."""
+    line = round_up(channels)
+    for c in range(0, channels, WIDTH):
+        count = channels - c
+        base = get(start, c, WIDTH) if started else splat(0.0)
+        for j in range(width):
+            v = base
+            for ky in range(kernel_h):
+                at = (row + ky * dilation_h) % span * length + j * step + c
+                tap = ky * kernel_w * line + c
+                for kx in range(kernel_w):
+                    v = fma(get(ring, at + kx * apart, WIDTH), get(taps, tap + kx * line, WIDTH), v)
+            put(y, to + j * y_pixel + c, clamp(v, low, high), count)
+
+
+@kernel
+def depthwise(begin: int, end: int, context: Any) -> None:
+    """``clamp(conv(act(x * scale + shift)) + start)``.
+
+    Words: input, strides of images, rows and pixels, height, width; channels; output, strides of images, rows and
+    pixels, height, width; kernel, stride, padding and dilation, each twice; bands an image; taps; start (0: none);
+    scale and shift (0: none), low, high of the input; order of its channels (0: none); low, high of the output;
+    scratch and floats a slice.
+    """
+    words = int64s_at(context)
+    reals = doubles_at(context)
+    x, x_image, x_row, x_pixel, height, width = floats_at(words[2]), words[3], words[4], words[5], words[6], words[7]
+    channels = words[8]
+    y, y_image, y_row, y_pixel, out_height, out_width = (
+        floats_at(words[9]),
+        words[10],
+        words[11],
+        words[12],
+        words[13],
+        words[14],
+    )
+    kernel_h, kernel_w, stride_h, stride_w = words[15], words[16], words[17], words[18]
+    padding_h, padding_w, dilation_h, dilation_w = words[19], words[20], words[21], words[22]
+    bands = words[23]
+    taps, start, started = floats_at(words[24]), floats_at(words[25]), words[25] != 0
+    scale, shift, normed = floats_at(words[26]), floats_at(words[27]), words[26] != 0
+    in_low, in_high = splat(reals[28]), splat(reals[29])
+    order, ordered = int64s_at(words[30]), words[30] != 0
+    low, high = splat(reals[31]), splat(reals[32])
+    line = round_up(channels)
+    length = (width + 2 * padding_w) * line
+    span = (kernel_h - 1) * dilation_h + 1
+    for slice_ in range(begin, end):
+        ring = floats_at(words[33] + 4 * slice_ * words[34])
+        room = floats_at(words[33] + 4 * (slice_ * words[34] + span * length))
+        for i in range(span):
+            zero(ring, i * length, padding_w * line)
+            zero(ring, i * length + (width + padding_w) * line, padding_w * line)
+        for item in range(first_of(words, slice_), first_of(words, slice_ + 1)):
+            image, band = item // bands, item % bands
+            have = 0  # rows before this one, counted from the padding's first, are in the ring or no longer needed
+            for row in range(out_height * band // bands, out_height * (band + 1) // bands):
+                first = row * stride_h
+                for i in range(max(have, first), first + span):
+                    to = i % span * length + padding_w * line
+                    if i < padding_h or i >= padding_h + height:
+                        zero(ring, to, width * line)
+                    else:
+                        of = image * x_image + (i - padding_h) * x_row
+                        load_row(
+                            ring, to, x, of, x_pixel, width, channels, scale, shift, normed, in_low, in_high, order,
+                            ordered, room,
+                        )  # fmt: skip
+                have = first + span
+                at = image * y_image + row * y_row
+                if kernel_h == 3 and kernel_w == 3:
+                    _row_of_nine(
+                        ring, first % span * length, (first + dilation_h) % span * length,
+                        (first + 2 * dilation_h) % span * length, stride_w * line, dilation_w * line, taps, start,
+                        started, channels, low, high, y, at, y_pixel, out_width,
+                    )  # fmt: skip
+                else:
+                    _row(
+                        ring, first, span, length, kernel_h, kernel_w, dilation_h, stride_w * line, dilation_w * line,
+                        taps, start, started, channels, low, high, y, at, y_pixel, out_width,
+                    )  # fmt: skip

@@ -1,0 +1,240 @@
+"""What the compiled loops are written in: pointers, and vectors of floats as wide as this CPU's registers.
+
+Numba's own arrays wrap negative indices and are taken to overlap, so LLVM leaves loops over many of them scalar. Here a
+pointer is indexed plainly, and a vector is one value: its width does not depend on what an optimizer recognises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+__all__ = [
+    "WIDTH",
+    "add",
+    "bytes_at",
+    "clamp",
+    "doubles_at",
+    "floats_at",
+    "fma",
+    "get",
+    "int64s_at",
+    "maximum",
+    "mul",
+    "put",
+    "select_inside",
+    "splat",
+    "sub",
+]
+
+
+def _host_width() -> int:
+    features = llvm.get_host_cpu_features()
+    return 16 if features.get("avx512f") else 8 if features.get("avx") else 4
+
+
+WIDTH = _host_width()
+"""Floats in a vector."""
+
+_F32 = ir.FloatType()
+_I32 = ir.IntType(32)
+_I64 = ir.IntType(64)
+_VECTOR = ir.VectorType(_F32, WIDTH)
+_MASK = ir.VectorType(ir.IntType(1), WIDTH)
+_LANES = ir.VectorType(_I32, WIDTH)
+
+
+class VectorType(types.Type):  # type: ignore[misc]
+    """A vector of float32."""
+
+    def __init__(self) -> None:
+        super().__init__(name=f"float32x{WIDTH}")
+
+
+vector = VectorType()
+
+
+@register_model(VectorType)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _VECTOR)
+
+
+def _pointer(element: Any) -> Any:
+    """A function that makes a pointer of an address (an integer, or the void* that a kernel is given)."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def at(typing: Any, address: Any) -> Any:
+        result = types.CPointer(element)
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = context.get_value_type(result)
+            if isinstance(signature.args[0], types.Integer):
+                return builder.inttoptr(args[0], kind)
+            return builder.bitcast(args[0], kind)
+
+        return result(address), generate
+
+    return at
+
+
+floats_at = _pointer(types.float32)
+doubles_at = _pointer(types.float64)
+int64s_at = _pointer(types.int64)
+bytes_at = _pointer(types.uint8)
+
+
+def _place(builder: Any, pointer: Any, index: Any) -> Any:
+    return builder.gep(pointer, [index], source_etype=_F32)
+
+
+def _mask(builder: Any, count: Any) -> Any:
+    """The first `count` lanes."""
+    lanes = ir.Constant(_LANES, list(range(WIDTH)))
+    return builder.icmp_signed("<", lanes, _spread(builder, builder.trunc(count, _I32), _LANES))
+
+
+def _spread(builder: Any, value: Any, kind: Any) -> Any:
+    undefined = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(_LANES, [0] * WIDTH))
+
+
+def _call(builder: Any, name: str, result: Any, args: Any) -> Any:
+    kind = ir.FunctionType(result, [a.type for a in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _load(typing: Any, pointer: Any, index: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = builder.bitcast(_place(builder, *args), _VECTOR.as_pointer())
+        return builder.load(place, align=4)
+
+    return vector(pointer, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = builder.bitcast(_place(builder, args[0], args[1]), _VECTOR.as_pointer())
+        builder.store(args[2], place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, vector), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _load_some(typing: Any, pointer: Any, index: Any, count: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = builder.bitcast(_place(builder, args[0], args[1]), _VECTOR.as_pointer())
+        zeros = ir.Constant(_VECTOR, [0.0] * WIDTH)
+        parts = [place, ir.Constant(_I32, 4), _mask(builder, args[2]), zeros]
+        return _call(builder, f"llvm.masked.load.v{WIDTH}f32.p0", _VECTOR, parts)
+
+    return vector(pointer, types.int64, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _store_some(typing: Any, pointer: Any, index: Any, value: Any, count: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = builder.bitcast(_place(builder, args[0], args[1]), _VECTOR.as_pointer())
+        parts = [args[2], place, ir.Constant(_I32, 4), _mask(builder, args[3])]
+        _call(builder, f"llvm.masked.store.v{WIDTH}f32.p0", ir.VoidType(), parts)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, vector, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def splat(typing: Any, value: Any) -> Any:
+    """A vector of one value."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _spread(builder, args[0], _VECTOR)
+
+    return vector(types.float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """``a * b + c``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(builder, f"llvm.fma.v{WIDTH}f32", _VECTOR, list(args))
+
+    return vector(vector, vector, vector), generate
+
+
+def _binary(name: str) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def operation(typing: Any, a: Any, b: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return getattr(builder, name)(*args)
+
+        return vector(vector, vector), generate
+
+    return operation
+
+
+add = _binary("fadd")
+sub = _binary("fsub")
+mul = _binary("fmul")
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def maximum(typing: Any, a: Any, b: Any) -> Any:
+    """The larger of the two; NaN where `b` is, and where `a` already was: torch's order of a maximum over a window."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        a, b = args
+        takes = builder.or_(builder.fcmp_ordered(">", b, a), builder.fcmp_unordered("uno", b, b))
+        return builder.select(takes, b, a)
+
+    return vector(vector, vector), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def clamp(typing: Any, value: Any, low: Any, high: Any) -> Any:
+    """Between two bounds; NaN stays NaN."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value, low, high = args
+        raised = builder.select(builder.fcmp_ordered("<", value, low), low, value)
+        return builder.select(builder.fcmp_ordered(">", raised, high), high, raised)
+
+    return vector(vector, vector, vector), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def select_inside(typing: Any, value: Any, low: Any, high: Any, then: Any) -> Any:
+    """`then` where a value lies between two bounds or is NaN, else zero: how a gradient passes an activation."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value, low, high, then = args
+        outside = builder.or_(builder.fcmp_ordered("<=", value, low), builder.fcmp_ordered(">=", value, high))
+        return builder.select(outside, ir.Constant(_VECTOR, [0.0] * WIDTH), then)
+
+    return vector(vector, vector, vector, vector), generate
+
+
+@njit  # type: ignore[untyped-decorator]
+def get(pointer: Any, index: int, count: int) -> Any:
+    """The vector at an index, of which `count` floats are there; the others are zeros and not read."""
+    if count >= WIDTH:
+        return _load(pointer, index)
+    return _load_some(pointer, index, count)
+
+
+@njit  # type: ignore[untyped-decorator]
+def put(pointer: Any, index: int, value: Any, count: int) -> None:
+    """Store the first `count` floats of a vector."""
+    if count >= WIDTH:
+        _store(pointer, index, value)
+    else:
+        _store_some(pointer, index, value, count)
