@@ -56,8 +56,18 @@ class Map(NamedTuple):
 
     def tensor(self) -> Tensor:
         """The map in torch's order of dimensions."""
+        if self.owner.shape == (self.n, self.c, self.h, self.w) and self.owner.data_ptr() == self.address:
+            return self.owner
         strides = (self.image, 1, self.row, self.pixel)
         return self.owner.as_strided((self.n, self.c, self.h, self.w), strides, self.offset())
+
+    def rows(self, first: int, last: int) -> Map:
+        """Some of the pixels, which are evenly spaced, as one row."""
+        return self._replace(address=self.address + 4 * first * self.pixel, n=1, h=1, w=last - first)
+
+    def shaped(self, n: int, h: int, w: int) -> Map:
+        """As many evenly spaced pixels in another shape."""
+        return self._replace(n=n, h=h, w=w, image=h * w * self.pixel, row=w * self.pixel)
 
     def images(self, first: int, last: int) -> Map:
         """Some of the images."""
@@ -91,22 +101,19 @@ def read_even(x: Tensor) -> Map:
     rows = h < 2 or m.row == w * pixel
     if rows and pixel >= c and (n < 2 or m.image == h * w * pixel):
         return m._replace(image=h * w * pixel, row=w * pixel, pixel=pixel)
-    copy = torch.empty((n, h, w, c))
-    copy.copy_(x.permute(0, 2, 3, 1))
-    return whole(copy, n, h, w, c)
+    copy = empty_map(n, h, w, c)
+    copy.owner.copy_(x)
+    return copy
 
 
 def empty_map(n: int, h: int, w: int, c: int) -> Map:
-    """A new dense map."""
-    return whole(torch.empty((n, h, w, c)), n, h, w, c)
+    """A new dense map, whose owner is a tensor ``(N, C, H, W)``."""
+    return whole(torch.empty((n, c, h, w), memory_format=torch.channels_last), n, h, w, c)
 
 
 def output(m: Map, channels_last: bool) -> Tensor:
-    """A dense map as a result, in one of torch's two memory formats."""
-    y = m.owner.permute(0, 3, 1, 2)
-    if channels_last:
-        return y
-    return torch.empty((m.n, m.c, m.h, m.w)).copy_(y)
+    """A new map as a result, in one of torch's two memory formats."""
+    return m.owner if channels_last else torch.empty((m.n, m.c, m.h, m.w)).copy_(m.owner)
 
 
 @lru_cache(maxsize=256)

@@ -42,8 +42,8 @@ ITEM = 1 << 14
 
 _LARGEST_RING = 1 << 24
 _BOUNDS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
-_CLAMPS = {name: (bits(low), bits(high)) for name, (low, high) in _BOUNDS.items()}
-_FREE = _CLAMPS[None]
+CLAMPS = {name: (bits(low), bits(high)) for name, (low, high) in _BOUNDS.items()}
+FREE = CLAMPS[None]
 _ONE, _ZERO = (1, 1), (0, 0)
 
 
@@ -72,14 +72,14 @@ class Folded:
         return self.scales[index] + 4 * self.rooms[index]
 
 
-def _step(channels: int) -> int:
+def step_of(channels: int) -> int:
     return max(1, ITEM // max(channels, 1))
 
 
-def _finish(
+def run_finish(
     z: Map, scale: int, shift: int, activation: str | None, to: Map, residual: Map | None = None, shuffle: int = 1
 ) -> None:
-    step = _step(z.c)
+    step = step_of(z.c)
     items = -(-z.pixels // step)
     slices = min(threads(), items)
     order = memory = 0
@@ -87,14 +87,14 @@ def _finish(
         order = shuffle_order(z.c, shuffle).data_ptr()
         memory = scratch("pixels", slices * room(z.c)).data_ptr()
     added = (0, 0) if residual is None else (residual.address, residual.pixel)
-    clamps = _CLAMPS[activation]
+    clamps = CLAMPS[activation]
     run(
         finish, items, z.pixels, step, z.c, z.address, z.pixel, scale, shift, *added, to.address, to.pixel, *clamps,
         order, memory, slices=slices,
     )  # fmt: skip
 
 
-def _product(x: Map, weight: Tensor, groups: int, to: Map) -> None:
+def run_product(x: Map, weight: Tensor, groups: int, to: Map) -> None:
     """1x1 convolution without anything around it."""
     out, fan = weight.shape[:2]
     w = weight.as_strided((out, fan), weight.stride()[:2])
@@ -108,41 +108,51 @@ def _product(x: Map, weight: Tensor, groups: int, to: Map) -> None:
     torch.bmm(a, w, out=z.as_strided((groups, p, out // groups), (out // groups, to.pixel, 1)))
 
 
-def _spatial(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
+def spatial(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _bands(images: int, rows: int) -> int:
+def bands_of(images: int, rows: int) -> int:
     """Parts of an image; the shape alone decides."""
     return max(1, min(rows // 4, -(-16 // images)))
 
 
-def ring_floats(width: int, channels: int, kernel: Pair, padding: Pair, dilation: Pair) -> int:
-    """Scratch of one slice of a depthwise convolution."""
+def ring_floats(width: int, channels: int, kernel: Pair, padding: Pair, dilation: Pair, least: int = 0) -> int:
+    """Scratch of one slice of a depthwise convolution: rows as wide as the padded input, or as `least`, and a pixel."""
     line = room(channels)
-    return ((kernel[0] - 1) * dilation[0] + 1) * (width + 2 * padding[1]) * line + line
+    return ((kernel[0] - 1) * dilation[0] + 1) * max(width + 2 * padding[1], least) * line + line
 
 
 def run_depthwise(
     x: Map, weight: Tensor, to: Map, stride: Pair, padding: Pair, dilation: Pair, *, scale: int = 0, start: int = 0,
-    clamps: Pair = _FREE, normed: Pair = (0, 0), in_clamps: Pair = _FREE, order: int = 0,
+    clamps: Pair = FREE, normed: Pair = (0, 0), in_clamps: Pair = FREE, order: int = 0, center: int = 0,
+    gradient: Pair = (0,) * 5, spread: Pair = _ONE, flipped: bool = False,
 ) -> None:  # fmt: skip
-    """Depthwise convolution from map to map; `scale` goes into the taps, `normed` are scale and shift of the input."""
+    """Depthwise convolution from map to map.
+
+    `scale` goes into the taps, `normed` are scale and shift of the input. With `gradient` (z's address and strides, and
+    factors) the input is a gradient, and what is convolved is dz.
+    """
     kernel = weight.shape[2:]
     taps = scratch("taps", kernel[0] * kernel[1] * room(x.c))
-    strides = (weight.stride(0), weight.stride(2), weight.stride(3))
+    rows, columns = weight.stride(2), weight.stride(3)
+    at = weight.data_ptr()
+    if flipped:
+        at += 4 * ((kernel[0] - 1) * rows + (kernel[1] - 1) * columns)
+        rows, columns = -rows, -columns
     run_alone(
-        pack_taps, kernel[0] * kernel[1], weight.data_ptr(), *strides, kernel[1], x.c, scale, taps.data_ptr()
+        pack_taps, kernel[0] * kernel[1], at, weight.stride(0), rows, columns, kernel[1], x.c, scale, taps.data_ptr()
     )
-    bands = _bands(x.n, to.h)
+    bands = bands_of(x.n, to.h)
     items = x.n * bands
     slices = min(threads(), items)
-    floats = ring_floats(x.w, x.c, kernel, padding, dilation)
+    reach = (to.w - 1) * stride[1] + (kernel[1] - 1) * dilation[1] + 1
+    floats = ring_floats((x.w - 1) * spread[1] + 1, x.c, kernel, padding, dilation, reach)
     memory = scratch("ring", slices * floats)
     run(
         depthwise, items, x.address, x.image, x.row, x.pixel, x.h, x.w, x.c, to.address, to.image, to.row, to.pixel,
         to.h, to.w, *kernel, *stride, *padding, *dilation, bands, taps.data_ptr(), start, *normed, *in_clamps, order,
-        *clamps, memory.data_ptr(), floats, slices=slices,
+        *clamps, memory.data_ptr(), floats, center, *gradient, *spread, slices=slices,
     )  # fmt: skip
 
 
@@ -156,7 +166,7 @@ def _torch_conv(
     folded = Folded((conv,), (eps,))
     m = read_even(z)
     if m.pixels and m.c:
-        _finish(m, folded.scale(0), folded.shift(0), activation, m)
+        run_finish(m, folded.scale(0), folded.shift(0), activation, m)
     y = m.tensor()
     form = torch.channels_last if last else torch.contiguous_format
     return y if y.is_contiguous(memory_format=form) else torch.empty(y.shape, memory_format=form).copy_(y)
@@ -197,8 +207,8 @@ def _pointwise(
     x: Map, conv: Conv, groups: int, folded: Folded, index: int, activation: str | None, to: Map,
     residual: Map | None = None, shuffle: int = 1,
 ) -> None:  # fmt: skip
-    _product(x, conv[0], groups, to)  # type: ignore[arg-type]
-    _finish(to, folded.scale(index), folded.shift(index), activation, to, residual, shuffle)
+    run_product(x, conv[0], groups, to)  # type: ignore[arg-type]
+    run_finish(to, folded.scale(index), folded.shift(index), activation, to, residual, shuffle)
 
 
 def _fits_ring(input: Tensor, weight: Tensor, padding: Pair, dilation: Pair) -> bool:
@@ -213,11 +223,11 @@ def depthwise_conv_bn_act(
     if not _fits_ring(input, weight, padding, dilation):
         return _torch_conv(input, conv, eps, stride, padding, dilation, weight.shape[0], activation)
     x = read(input)
-    h, w = (_spatial(*sizes) for sizes in zip((x.h, x.w), weight.shape[2:], stride, padding, dilation, strict=True))
+    h, w = (spatial(*sizes) for sizes in zip((x.h, x.w), weight.shape[2:], stride, padding, dilation, strict=True))
     to = empty_map(x.n, h, w, x.c)
     if to.pixels:
         folded = Folded((conv,), (eps,))
-        clamps = _CLAMPS[activation]
+        clamps = CLAMPS[activation]
         run_depthwise(
             x, weight, to, stride, padding, dilation, scale=folded.scale(0), start=folded.shift(0), clamps=clamps
         )
@@ -241,7 +251,7 @@ class _Branch:
     def size(self, x: Map) -> tuple[int, int]:
         """Height and width of the output."""
         kernel = self.depthwise[0].shape[2:]  # type: ignore[union-attr]
-        h, w = (_spatial(s, k, self.stride[0], self.padding[0]) for s, k in zip((x.h, x.w), kernel, strict=True))
+        h, w = (spatial(s, k, self.stride[0], self.padding[0]) for s, k in zip((x.h, x.w), kernel, strict=True))
         return h, w
 
     def run(self, x: Map, to: Map, residual: Map | None = None, last_activation: bool = True) -> None:
@@ -253,23 +263,23 @@ class _Branch:
         for i in range(0, x.n, step):
             j = min(x.n, i + step)
             source = x.images(i, j)
-            normed, clamps = (0, 0), _FREE
+            normed, clamps = (0, 0), FREE
             if self.first:
                 a = whole(scratch("expanded", source.pixels * hidden), j - i, x.h, x.w, hidden)
-                _product(source, self.first[0], self.groups[0], a)  # type: ignore[arg-type]
-                normed, clamps = (self.folded.scale(0), self.folded.shift(0)), _CLAMPS[self.activations[0]]
+                run_product(source, self.first[0], self.groups[0], a)  # type: ignore[arg-type]
+                normed, clamps = (self.folded.scale(0), self.folded.shift(0)), CLAMPS[self.activations[0]]
                 source = a
             z = whole(scratch("hidden", (j - i) * to.h * to.w * hidden), j - i, to.h, to.w, hidden)
             run_depthwise(
                 source, weight, z, self.stride, self.padding, _ONE, scale=self.folded.scale(index),
-                start=self.folded.shift(index), clamps=_CLAMPS[self.activations[1]], normed=normed, in_clamps=clamps,
+                start=self.folded.shift(index), clamps=CLAMPS[self.activations[1]], normed=normed, in_clamps=clamps,
                 order=self.order,
             )  # fmt: skip
             added = None if residual is None else residual.images(i, j)
             part = to.images(i, j)
             even = part if part.pixel == part.c else whole(scratch("last", part.pixels * part.c), j - i, to.h, to.w, to.c)
-            _product(z, self.last[0], self.groups[1], even)  # type: ignore[arg-type]
-            _finish(
+            run_product(z, self.last[0], self.groups[1], even)  # type: ignore[arg-type]
+            run_finish(
                 even, self.folded.scale(index + 1), self.folded.shift(index + 1), self.activations[2], part, added
             )
 
@@ -359,15 +369,15 @@ def shuffle_unit_v2(
     to = empty_map(x.n, h, w, left.c + c)
     if to.pixels:
         right.run(source, result)
-        _permute((left, result), (to,), 2)
+        run_permute((left, result), (to,), 2)
     halves = input if left_depthwise else input.chunk(2, 1)[1]
     return output(to, formats and _formats(halves, pointwise1, depthwise, pointwise2))
 
 
-def _permute(inputs: Sequence[Map], outputs: Sequence[Map], groups: int) -> None:
+def run_permute(inputs: Sequence[Map], outputs: Sequence[Map], groups: int) -> None:
     """Shuffle the channels of one or two maps together, to one or two maps."""
     channels = sum(m.c for m in inputs)
-    step = _step(channels)
+    step = step_of(channels)
     items = -(-inputs[0].pixels // step)
     slices = min(threads(), items)
     memory = scratch("pixels", slices * room(channels))
@@ -385,7 +395,7 @@ def _shuffled(inputs: Sequence[Tensor], groups: int, parts: int) -> list[Tensor]
     channels = sum(m.c for m in maps) // parts
     outputs = [empty_map(first.n, first.h, first.w, channels) for _ in range(parts)]
     if first.pixels and channels:
-        _permute(maps, outputs, groups)
+        run_permute(maps, outputs, groups)
     return [output(m, True) for m in outputs]
 
 
@@ -423,7 +433,7 @@ def run_pool(x: Map, to: Map, largest: bool, kernel: Pair, stride: Pair, padding
 
 def _pooled(input: Tensor, largest: bool, kernel: Pair, stride: Pair, padding: Pair) -> Tensor:
     x = read(input)
-    h, w = (_spatial(*sizes) for sizes in zip((x.h, x.w), kernel, stride, padding, strict=True))
+    h, w = (spatial(*sizes) for sizes in zip((x.h, x.w), kernel, stride, padding, strict=True))
     to = empty_map(x.n, h, w, x.c)
     if to.pixels and x.c:
         run_pool(x, to, largest, kernel, stride, padding)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
+from torch import Tensor
 
 from fastblocks.backends import counts, numba_pool
+from fastblocks.backends.numba_backward import backward
+from fastblocks.backends.numba_forward import forward, make_program
 from fastblocks.backends.numba_ops import TABLE as OPS
+from fastblocks.backends.program import Program
 
 __all__ = ["TABLE", "chain_functions", "info"]
 
@@ -35,4 +39,10 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 TABLE: dict[str, Callable[..., Any]] = {name: _counted(name, function) for name, function in OPS.items()}
 """The ops of this tier by name. Call sites find them here, so they count their calls themselves."""
 
-chain_functions: Any = None
+class _ChainFunctions(NamedTuple):
+    make_program: Callable[..., Program]
+    forward: Callable[..., list[Tensor]]
+    backward: Callable[..., list[Tensor | None]]
+
+
+chain_functions = _ChainFunctions(make_program, forward, backward)
