@@ -39,6 +39,7 @@ LABELS = {
     "compile": "torch.compile",
     "compile_channels_last": "torch.compile, channels_last",
     "fastblocks": "fastblocks",
+    "fastblocks_numba": "fastblocks, numba tier",
     "fastblocks_tuned": "fastblocks, glibc keeps memory",
 }
 MODES = tuple(mode for mode in LABELS if mode != "fastblocks_tuned")
@@ -63,10 +64,13 @@ def make_step(model: str, mode: str, folder: Path) -> tuple[Step, Callable[[], f
     import torch._inductor.compile_fx  # brings in Dynamo, too: in memory before the first step, in every process
     from training import ours, stock
 
+    import fastblocks
+
     saved = torch.load(folder / "problem.pt", weights_only=True)
     images, target = saved["images"], saved["target"]
     channels_last = mode.endswith("channels_last")
     if mode.startswith("fastblocks"):
+        fastblocks.use_backend("numba" if mode == "fastblocks_numba" else "native")
         network = ours(model, saved["state"])
     else:
         network = stock(saved["state"], torch.channels_last if channels_last else torch.contiguous_format)

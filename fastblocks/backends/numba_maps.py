@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastblocks.backends.numba_memory import empty_image
 from fastblocks.backends.numba_vector import WIDTH
 
 __all__ = ["Map", "address", "empty_map", "output", "read", "read_even", "room", "scratch", "shuffle_order", "whole"]
@@ -22,9 +23,9 @@ def scratch(slot: str, floats: int) -> Tensor:
     kept: dict[str, Tensor] = _local.__dict__
     found = kept.get(slot)
     if found is None or found.shape[0] < floats:
-        found = torch.empty(max(floats, 16))
-        if floats <= _RECYCLED:
-            kept[slot] = found
+        if floats > _RECYCLED:
+            return empty_image(1, 1, 1, floats).view(-1)
+        found = kept[slot] = torch.empty(max(floats, 16))
     return found
 
 
@@ -108,7 +109,7 @@ def read_even(x: Tensor) -> Map:
 
 def empty_map(n: int, h: int, w: int, c: int) -> Map:
     """A new dense map, whose owner is a tensor ``(N, C, H, W)``."""
-    return whole(torch.empty((n, c, h, w), memory_format=torch.channels_last), n, h, w, c)
+    return whole(empty_image(n, c, h, w), n, h, w, c)
 
 
 def output(m: Map, channels_last: bool) -> Tensor:
