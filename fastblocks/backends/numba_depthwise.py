@@ -10,12 +10,14 @@ from fastblocks.backends.numba_kernels import round_up
 from fastblocks.backends.numba_pool import first_of, kernel
 from fastblocks.backends.numba_vector import (
     WIDTH,
+    beyond,
     clamp,
     doubles_at,
     floats_at,
     fma,
     get,
     int64s_at,
+    opaque,
     put,
     splat,
     sub,
@@ -88,17 +90,21 @@ def _row_of_nine(
         w3, w4, w5 = get(taps, 3 * line + c, WIDTH), get(taps, 4 * line + c, WIDTH), get(taps, 5 * line + c, WIDTH)
         w6, w7, w8 = get(taps, 6 * line + c, WIDTH), get(taps, 7 * line + c, WIDTH), get(taps, 8 * line + c, WIDTH)
         base = get(start, c, WIDTH) if started else splat(0.0)
+        p0, p1, p2 = beyond(ring, r0 + c), beyond(ring, r0 + apart + c), beyond(ring, r0 + 2 * apart + c)
+        p3, p4, p5 = beyond(ring, r1 + c), beyond(ring, r1 + apart + c), beyond(ring, r1 + 2 * apart + c)
+        p6, p7, p8 = beyond(ring, r2 + c), beyond(ring, r2 + apart + c), beyond(ring, r2 + 2 * apart + c)
+        at = 0
         for j in range(width):
-            at = j * step + c
-            v = fma(get(ring, r0 + at, WIDTH), w0, base)
-            v = fma(get(ring, r0 + at + apart, WIDTH), w1, v)
-            v = fma(get(ring, r0 + at + 2 * apart, WIDTH), w2, v)
-            v = fma(get(ring, r1 + at, WIDTH), w3, v)
-            v = fma(get(ring, r1 + at + apart, WIDTH), w4, v)
-            v = fma(get(ring, r1 + at + 2 * apart, WIDTH), w5, v)
-            v = fma(get(ring, r2 + at, WIDTH), w6, v)
-            v = fma(get(ring, r2 + at + apart, WIDTH), w7, v)
-            v = fma(get(ring, r2 + at + 2 * apart, WIDTH), w8, v)
+            v = fma(get(p0, at, WIDTH), w0, base)
+            v = fma(get(p1, at, WIDTH), w1, v)
+            v = fma(get(p2, at, WIDTH), w2, v)
+            v = fma(get(p3, at, WIDTH), w3, v)
+            v = fma(get(p4, at, WIDTH), w4, v)
+            v = fma(get(p5, at, WIDTH), w5, v)
+            v = fma(get(p6, at, WIDTH), w6, v)
+            v = fma(get(p7, at, WIDTH), w7, v)
+            v = fma(get(p8, at, WIDTH), w8, v)
+            at = opaque(at + step)
             put(y, to + j * y_pixel + c, clamp(v, low, high), count)
 
 
@@ -216,18 +222,22 @@ def _weight_of_nine(
         w0, w1, w2 = get(sums, c, WIDTH), get(sums, line + c, WIDTH), get(sums, 2 * line + c, WIDTH)
         w3, w4, w5 = get(sums, 3 * line + c, WIDTH), get(sums, 4 * line + c, WIDTH), get(sums, 5 * line + c, WIDTH)
         w6, w7, w8 = get(sums, 6 * line + c, WIDTH), get(sums, 7 * line + c, WIDTH), get(sums, 8 * line + c, WIDTH)
+        p0, p1, p2 = beyond(ring, r0 + c), beyond(ring, r0 + apart + c), beyond(ring, r0 + 2 * apart + c)
+        p3, p4, p5 = beyond(ring, r1 + c), beyond(ring, r1 + apart + c), beyond(ring, r1 + 2 * apart + c)
+        p6, p7, p8 = beyond(ring, r2 + c), beyond(ring, r2 + apart + c), beyond(ring, r2 + 2 * apart + c)
+        at = 0
         for j in range(width):
-            at = j * step + c
             v = get(dz, j * line + c, WIDTH)
-            w0 = fma(get(ring, r0 + at, WIDTH), v, w0)
-            w1 = fma(get(ring, r0 + at + apart, WIDTH), v, w1)
-            w2 = fma(get(ring, r0 + at + 2 * apart, WIDTH), v, w2)
-            w3 = fma(get(ring, r1 + at, WIDTH), v, w3)
-            w4 = fma(get(ring, r1 + at + apart, WIDTH), v, w4)
-            w5 = fma(get(ring, r1 + at + 2 * apart, WIDTH), v, w5)
-            w6 = fma(get(ring, r2 + at, WIDTH), v, w6)
-            w7 = fma(get(ring, r2 + at + apart, WIDTH), v, w7)
-            w8 = fma(get(ring, r2 + at + 2 * apart, WIDTH), v, w8)
+            w0 = fma(get(p0, at, WIDTH), v, w0)
+            w1 = fma(get(p1, at, WIDTH), v, w1)
+            w2 = fma(get(p2, at, WIDTH), v, w2)
+            w3 = fma(get(p3, at, WIDTH), v, w3)
+            w4 = fma(get(p4, at, WIDTH), v, w4)
+            w5 = fma(get(p5, at, WIDTH), v, w5)
+            w6 = fma(get(p6, at, WIDTH), v, w6)
+            w7 = fma(get(p7, at, WIDTH), v, w7)
+            w8 = fma(get(p8, at, WIDTH), v, w8)
+            at = opaque(at + step)
         put(sums, c, w0, WIDTH)
         put(sums, line + c, w1, WIDTH)
         put(sums, 2 * line + c, w2, WIDTH)

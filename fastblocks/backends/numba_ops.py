@@ -114,7 +114,7 @@ def spatial(size: int, kernel: int, stride: int, padding: int, dilation: int = 1
 
 def bands_of(images: int, rows: int) -> int:
     """Parts of an image; the shape alone decides."""
-    return max(1, min(rows // 4, -(-16 // images)))
+    return max(1, min(rows // 7, -(-8 // images)))
 
 
 def ring_floats(width: int, channels: int, kernel: Pair, padding: Pair, dilation: Pair, least: int = 0) -> int:

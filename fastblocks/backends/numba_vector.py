@@ -17,7 +17,7 @@ from numba.extending import intrinsic, models, register_model
 __all__ = [
     "WIDTH",
     "add",
-    "bytes_at",
+    "beyond",
     "clamp",
     "doubles_at",
     "floats_at",
@@ -26,6 +26,7 @@ __all__ = [
     "int64s_at",
     "maximum",
     "mul",
+    "opaque",
     "put",
     "select_inside",
     "splat",
@@ -86,7 +87,30 @@ def _pointer(element: Any) -> Any:
 floats_at = _pointer(types.float32)
 doubles_at = _pointer(types.float64)
 int64s_at = _pointer(types.int64)
-bytes_at = _pointer(types.uint8)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def beyond(typing: Any, pointer: Any, index: Any) -> Any:
+    """The pointer to the float at an index."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _place(builder, *args)
+
+    return pointer(pointer, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def opaque(typing: Any, value: Any) -> Any:
+    """The same integer, of which LLVM knows nothing.
+
+    Of an index into many rows it would make an address of each, count all of them up, and spill them.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(_I64, [_I64])
+        return builder.call(ir.InlineAsm(kind, "", "=r,0"), args)
+
+    return types.int64(types.int64), generate
 
 
 def _place(builder: Any, pointer: Any, index: Any) -> Any:
