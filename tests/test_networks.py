@@ -205,7 +205,7 @@ def test_tracers_and_copies(backend: str, name: str) -> None:
             want = model(x)
         for other in (
             torch.fx.symbolic_trace(model),
-            torch.jit.trace(model, (x,)),
+            torch.jit.trace(model, (x,), check_trace=False),  # the outputs are compared below
             copy.deepcopy(model),
             pickle.loads(pickle.dumps(model)),
         ):

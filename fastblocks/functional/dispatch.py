@@ -11,29 +11,10 @@ from torch.compiler import is_compiling
 
 from fastblocks.backends import counts, reference, state
 from fastblocks.functional.autograd import differentiable
-from fastblocks.functional.plain import (
-    autocast,
-    forward_derivatives,
-    functorch_level,
-    nothing_watches,
-    readable,
-)
+from fastblocks.functional.plain import fallback_reason, nothing_watches, readable
 from fastblocks.functional.registration import OPS
 
 _grad = torch.is_grad_enabled
-
-
-def _reason(input: Tensor) -> str | None:
-    """Why no tier but the reference takes a call, or None."""
-    if input.dtype is not torch.float32:
-        return f"the input's dtype is {input.dtype}, not torch.float32"
-    if not input.is_cpu:
-        return f"the input is on {input.device}, not on the CPU"
-    if functorch_level() is not None:
-        return "a torch.func transform is active"
-    if autocast():
-        return "autocast is on"
-    return "forward-mode derivatives are computed" if forward_derivatives() else None
 
 
 @overload
@@ -56,7 +37,7 @@ def run(name: str, args: tuple[Any, ...], tensors: Iterable[Any]) -> Any:
     if is_compiling():
         takes = table is not None and input.dtype is torch.float32 and input.device.type == "cpu"
         return OPS[name](*args) if takes and not torch.is_autocast_enabled("cpu") else reference.TABLE[name](*args)
-    reason = None if table is None else _reason(input)
+    reason = None if table is None else fallback_reason(input)
     if table is None or reason is not None:
         if reason is not None:
             counts.fell_back(name, reason)

@@ -25,6 +25,19 @@ def forward_derivatives() -> bool:
     return forward_ad._current_level >= 0
 
 
+def fallback_reason(input: Tensor) -> str | None:
+    """Why no tier but the reference takes a call, or None."""
+    if input.dtype is not torch.float32:
+        return f"the input's dtype is {input.dtype}, not torch.float32"
+    if not input.is_cpu:
+        return f"the input is on {input.device}, not on the CPU"
+    if functorch_level() is not None:
+        return "a torch.func transform is active"
+    if autocast():
+        return "autocast is on"
+    return "forward-mode derivatives are computed" if forward_derivatives() else None
+
+
 def nothing_watches() -> bool:
     """Whether torch calls are plain calls here: no mode, transform, trace, autocast or profiler."""
     return not (

@@ -18,7 +18,7 @@ from fastblocks.backends import counts, reference, state
 from fastblocks.functional import autograd
 from fastblocks.functional.checks import CHECKS
 from fastblocks.functional.flops import FLOPS
-from fastblocks.functional.plain import dense
+from fastblocks.functional.plain import dense, fallback_reason
 from fastblocks.functional.shapes import FAKES
 
 SCHEMAS = {
@@ -67,7 +67,7 @@ def _kernel(name: str, compiled: bool) -> Callable[..., Any]:
                 counts.called(name, "native")
             return table[name](*dense(args))
         if table is not None:
-            counts.fell_back(name, f"{args[0].dtype} on {args[0].device.type}")
+            counts.fell_back(name, fallback_reason(args[0]) or "the input is no plain tensor")
         counts.called(name, "reference")
         with torch.autocast(args[0].device.type, enabled=False):
             y = plain(*args)
