@@ -1,7 +1,7 @@
 """Builds the native kernels: one static library an instruction set level, and the extension that links them.
 
-Where no compiler is found, or it fails, the install still succeeds without them: fastblocks then computes with plain
-torch operations.
+Where no compiler is found, or it fails, the install still succeeds without them: fastblocks then computes with kernels
+that Numba compiles when they are first used.
 FASTBLOCKS_BUILD=require makes a failed build an error, FASTBLOCKS_BUILD=skip does not try.
 FASTBLOCKS_EMULATE_V4=1 builds the AVX-512 level's code for a CPU without AVX-512 (for tests; slow).
 """
@@ -74,7 +74,7 @@ def failed(error: BaseException) -> None:
         raise error
     reason = " ".join(str(error).split()) or type(error).__name__
     print(
-        f"\nWARNING: fastblocks is installed WITHOUT its native kernels; everything works, but slowly.\n"
+        f"\nWARNING: fastblocks is installed WITHOUT its native kernels; those that Numba compiles are slower.\n"
         f"WARNING: the build failed: {reason}\n"
         f"WARNING: to get them, install a C++17 compiler (g++ or clang++) and install fastblocks again.\n",
         file=sys.stderr,

@@ -87,7 +87,9 @@ def main() -> None:
     arguments = parse()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
-    print(f"{arguments.tier}, batch {arguments.batch}, {arguments.threads} threads, {cpu_name()}; ms of torch, fastblocks")
+    print(
+        f"{arguments.tier}, batch {arguments.batch}, {arguments.threads} threads, {cpu_name()}; ms of torch, fastblocks"
+    )
     with torch.no_grad(), fastblocks.use_backend(arguments.tier):
         if arguments.what == "networks":
             rows = [(name, network(name, arguments.batch)) for name in NETWORKS]

@@ -1,8 +1,9 @@
 """The backward half of a chain: one convolution after the other, from the last to the first.
 
 A gradient that arrives at a value is added to what arrived before. With the last one it is masked by the value's
-activation and summed for its BatchNorm, chunk by chunk, while it is in cache. Then dz, the gradient of the convolution's
-output as it was before BatchNorm, is a linear function of it and z, which the next pass applies as it reads both.
+activation and summed for its BatchNorm, chunk by chunk, while it is in cache. Then dz, the gradient of the
+convolution's output as it was before BatchNorm, is a linear function of it and z, which the next pass applies as it
+reads both.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastblocks.backends.numba_chain import Chain, Part, chunks, clamps_of, image_chunks, part, pass_of
+from fastblocks.backends.numba_chain import Chain, chunks, image_chunks, part, pass_of
 from fastblocks.backends.numba_depthwise import depthwise_weight
+from fastblocks.backends.numba_gradients import Arrival, Gradients
 from fastblocks.backends.numba_maps import Map, empty_map, read_even, room, scratch, shuffle_order, whole
-from fastblocks.backends.numba_norm import gradient_of_z, norm_backward, receive
-from fastblocks.backends.numba_ops import FREE, Pair, bands_of, ring_floats, run_depthwise, run_permute
+from fastblocks.backends.numba_norm import gradient_of_z, norm_backward
+from fastblocks.backends.numba_passes import Pair, bands_of, ring_floats, run_depthwise, run_permute
 from fastblocks.backends.numba_pool import run, threads
 from fastblocks.backends.program import Kind, Node, Program
 
@@ -27,148 +29,11 @@ _CHANNELS = 64
 _ONE = (1, 1)
 
 
-class _Arrival:
-    """A gradient on its way to a value: where it goes, and what happens to it there."""
-
-    def __init__(self, half: _Backward, value: int, channels: Pair | None = None) -> None:
-        self.half, self.value = half, value
-        m = half.chain.value(value)
-        half.left[value] -= 1
-        self.sliced = channels is not None and channels[1] < m.c
-        self.last = half.left[value] == 0
-        self.before = half.grads[value]
-        self.channels = channels or (0, m.c)
-        self.to: Map | None = None
-        if self.sliced:
-            if self.before is None:
-                self.before = empty_map(m.n, m.h, m.w, m.c)
-                self.before.owner.zero_()
-                half.grads[value], half.owned[value] = self.before, True
-            self.before = self.to = self.before.slice(*self.channels)
-
-    def memory(self) -> Map:
-        """Where the gradient is to be written."""
-        if self.to is None:
-            m = self.half.chain.value(self.value)
-            before = self.half.grads[self.value]
-            reuse = before is not None and self.half.owned[self.value]
-            self.to = before if reuse and before is not None else empty_map(m.n, m.h, m.w, m.c)
-            self.half.grads[self.value], self.half.owned[self.value] = self.to, True
-        return self.to
-
-    def direct(self) -> bool:
-        """Whether the gradient may be written to `memory` by whoever makes it: nothing is there yet."""
-        return self.before is None
-
-    def take(self, g: Part, first: int, last: int, order: int = 0) -> None:
-        """Some pixels of the gradient, which lie in scratch or, where that is `direct`, in `memory` already."""
-        to = part(self.memory(), first, last)
-        before = None if self.before is None else part(self.before, first, last)
-        mask = self.last and not self.sliced
-        if mask and self.half.masks(self.value):
-            self.half.receive(self.value, g, to, first, last, before, order)
-        elif before is not None or order or g.address != to.address:
-            self.half.pass_on(g, to, before, order)
-
-    def finish(self) -> None:
-        """All pixels were taken."""
-        if self.sliced and self.last:
-            self.half.finish(self.value)
-
-    def alias(self, g: Map) -> None:
-        """All of a gradient, which is in memory that it keeps."""
-        half = self.half
-        if self.before is None and not self.sliced:
-            half.grads[self.value], half.owned[self.value] = g, False
-            if self.last:
-                half.finish(self.value)
-            return
-        for first, last in chunks(g.pixels, g.c):
-            self.take(part(g, first, last), first, last)
-        self.finish()
-
-
-class _Backward:
-    def __init__(
-        self, chain: Chain, affine: Sequence[Any], output: Tensor | None, places: list[Tensor], needs: Sequence[bool]
-    ) -> None:
-        self.chain, self.affine, self.wanted, self.places = chain, affine, needs, places
-        program = chain.program
-        count = len(program) + 1
-        self.output = output
-        self.grads: list[Map | None] = [None] * count
-        self.owned = [False] * count
-        self.sums: list[list[Tensor]] = [[] for _ in range(count)]
+class _Backward(Gradients):
+    def __init__(self, chain: Chain, affine: Sequence[Any], places: list[Tensor], needs: Sequence[bool]) -> None:
+        super().__init__(chain, needs)
+        self.affine, self.wanted, self.places = affine, needs, places
         self.results: list[Tensor | None] = [None] * len(needs)
-        self.needs = [needs[0]]
-        for i, node in enumerate(program):
-            conv = chain.convs[i]
-            any_needed = self.needs[node.input] or (node.other > 0 and self.needs[node.other])
-            self.needs.append(any_needed or (conv >= 0 and any(needs[1 + 3 * conv : 4 + 3 * conv])))
-        self.left = [0] * count
-        """How many gradients are still to arrive at a value."""
-        for i, node in enumerate(program):
-            if self.needs[i + 1]:
-                for value in {node.input, max(node.other, 0)} if node.other > 0 else {node.input}:
-                    self.left[value] += 1
-
-    # ------------------------------------------------------------------------------------------------ arriving
-
-    def masks(self, value: int) -> bool:
-        """Whether a gradient changes at a value, or is summed there."""
-        return value > 0 and (self.chain.conv_of(value) >= 0 or self.chain.program[value - 1].activation > 0)
-
-    def receive(
-        self, value: int, g: Part, to: Part, first: int, last: int, before: Part | None = None, order: int = 0,
-        store: bool = True,
-    ) -> None:  # fmt: skip
-        """Add, mask and sum some pixels of a gradient that is complete with these."""
-        chain = self.chain
-        z, norm = chain.value(value), chain.norm(value)
-        items, step = pass_of(g.pixels, g.channels, sums=bool(norm))
-        sums = torch.empty((items, 2 * g.channels), dtype=torch.float64) if norm else None
-        if sums is not None:
-            self.sums[value].append(sums)
-        mask = part(z, first, last)
-        clamps = clamps_of(chain.program[value - 1])
-        self._receive(
-            items, step, g, to if store else None, before, order, (mask.address, mask.stride, norm, *clamps),
-            0 if sums is None else sums.data_ptr(),
-        )  # fmt: skip
-
-    def pass_on(self, g: Part, to: Part, before: Part | None, order: int) -> None:
-        """Add some pixels of a gradient to those that were there."""
-        items, step = pass_of(g.pixels, g.channels)
-        self._receive(items, step, g, to, before, order, (0, 0, 0, *FREE), 0)
-
-    def _receive(
-        self, items: int, step: int, g: Part, to: Part | None, before: Part | None, order: int, mask: tuple[int, ...],
-        sums: int,
-    ) -> None:  # fmt: skip
-        slices = min(threads(), items)
-        memory = scratch("lines", slices * 3 * room(g.channels)).data_ptr()
-        added = (0, 0) if before is None else (before.address, before.stride)
-        out = (0, 0) if to is None else (to.address, to.stride)
-        run(
-            receive, items, g.pixels, step, g.channels, g.address, g.stride, *added, *mask, *out, sums, order, memory,
-            slices=slices,
-        )  # fmt: skip
-
-    def finish(self, value: int) -> None:
-        """Mask and sum a gradient that is complete, in a pass of its own."""
-        g = self.grads[value]
-        assert g is not None
-        if not self.masks(value):
-            return
-        to = g
-        changes = self.chain.program[value - 1].activation > 0
-        if changes and not self.owned[value]:
-            to = empty_map(g.n, g.h, g.w, g.c)
-        for first, last in chunks(g.pixels, g.c):
-            self.receive(value, part(g, first, last), part(to, first, last), first, last, store=changes)
-        self.grads[value], self.owned[value] = to, to is not g or self.owned[value]
-
-    # ------------------------------------------------------------------------------------------------- nodes
 
     def build(self, grad: Map) -> None:
         """All gradients, of that of the output."""
@@ -198,7 +63,7 @@ class _Backward:
         else:
             for source in (node.other, node.input):
                 if source >= 0 and self.needs[source]:
-                    _Arrival(self, source).alias(g)
+                    Arrival(self, source).alias(g)
 
     def _max_pool(self, node: Node, value: int, g: Map) -> None:
         if not self.needs[node.input]:
@@ -213,7 +78,7 @@ class _Backward:
 
     def _deliver(self, value: int, g: Map) -> None:
         """A gradient in memory that nobody else reads."""
-        arrival = _Arrival(self, value)
+        arrival = Arrival(self, value)
         if arrival.before is None:
             self.grads[value], self.owned[value] = g, True
             arrival.to = g
@@ -223,7 +88,7 @@ class _Backward:
     def _pool_cat(self, node: Node, g: Map) -> None:
         x = self.chain.value(node.input)
         if self.needs[node.other]:
-            _Arrival(self, node.other).alias(g.slice(x.c, g.c - x.c))
+            Arrival(self, node.other).alias(g.slice(x.c, g.c - x.c))
         if self.needs[node.input]:
             like = torch.empty((x.n, x.c, x.h, x.w), memory_format=torch.channels_last)
             dx = torch.ops.aten.avg_pool2d_backward(
@@ -241,7 +106,7 @@ class _Backward:
             if node.channels < 0:
                 self._deliver(node.input, parts[0])
                 return
-            arrival = _Arrival(self, node.input, (node.first, node.channels))
+            arrival = Arrival(self, node.input, (node.first, node.channels))
             arrival.take(part(parts[0]), 0, g.pixels)
             arrival.finish()
 
@@ -298,7 +163,7 @@ class _Backward:
         out, fan = weight.shape[:2]
         groups = node.groups
         channels = None if node.channels < 0 else (node.first, node.channels)
-        arrival = _Arrival(self, node.input, channels) if self.needs[node.input] else None
+        arrival = Arrival(self, node.input, channels) if self.needs[node.input] else None
         begun = False
         for first, last in chunks(g.pixels, max(x.c, g.c)):
             pixels = last - first
@@ -343,7 +208,7 @@ class _Backward:
     def _depthwise_input(self, node: Node, value: int, g: Map, factors: Tensor, weight: Tensor) -> None:
         chain = self.chain
         x, z = chain.value(node.input), chain.value(value)
-        arrival = _Arrival(self, node.input)
+        arrival = Arrival(self, node.input)
         reach = [d * (k - 1) for d, k in zip(node.dilation, node.kernel, strict=True)]
         padding = [r - p for r, p in zip(reach, node.padding, strict=True)]
         order = shuffle_order(x.c, node.shuffle).data_ptr() if node.shuffle > 1 else 0
@@ -376,9 +241,7 @@ class _Backward:
         dx = torch.ops.aten.convolution_backward(dz.tensor(), like, weight, None, *geometry)[0]
         to.tensor().copy_(dx)
 
-    def _dense(
-        self, node: Node, value: int, g: Map, factors: Tensor, weight: Tensor, d_weight: Tensor | None
-    ) -> None:
+    def _dense(self, node: Node, value: int, g: Map, factors: Tensor, weight: Tensor, d_weight: Tensor | None) -> None:
         x = self.chain.value(node.input)
         dz = empty_map(g.n, g.h, g.w, g.c)
         self._dz(value, g, factors, 0, g.pixels, dz)
@@ -437,6 +300,6 @@ def backward(
     if output is None:
         chain.values[-1] = read_even(grad)  # of its shape alone something is read
     places: list[Any] = rest[len(program) - 1 :]
-    half = _Backward(chain, affine, output, places, needs)
+    half = _Backward(chain, affine, places, needs)
     half.build(read_even(grad))
     return half.results

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastblocks.backends.numba_maps import Map, address, read, read_even, room, scratch, whole
 from fastblocks.backends.numba_norm import ROWS, join, moments, norm_forward
-from fastblocks.backends.numba_ops import CLAMPS, FREE, Pair, step_of
+from fastblocks.backends.numba_passes import CLAMPS, FREE, Pair, step_of
 from fastblocks.backends.numba_pool import bits, run, threads
 from fastblocks.backends.program import ACTIVATIONS, Kind, Node
 
@@ -129,9 +129,12 @@ class Chain:
 
     def reading(self, value: int) -> Reading:
         """The constants and bounds with which a value is read."""
-        return (self.norm(value), *self.clamps(value))
+        low, high = self.clamps(value)
+        return self.norm(value), low, high
 
-    def activated(self, value: int, first: int = 0, last: int = -1, channels: Pair | None = None, slot: str = "a") -> Map:
+    def activated(
+        self, value: int, first: int = 0, last: int = -1, channels: Pair | None = None, slot: str = "a"
+    ) -> Map:
         """Pixels of a value, in one row, as the next convolution sees them: in place, or in scratch."""
         m = self.value(value)
         last = m.pixels if last < 0 else last
@@ -169,9 +172,7 @@ class Moments:
         out = torch.empty((items, 1 + 2 * z.channels), dtype=torch.float64)
         slices = min(threads(), items)
         memory = scratch("lines", slices * 3 * room(z.channels)).data_ptr()
-        run(
-            moments, items, z.pixels, step, z.channels, z.address, z.stride, out.data_ptr(), memory, slices=slices
-        )
+        run(moments, items, z.pixels, step, z.channels, z.address, z.stride, out.data_ptr(), memory, slices=slices)
         self.parts.append(out)
 
     def finish(
@@ -183,6 +184,6 @@ class Moments:
         update = node.update and not node.frozen and running[0] is not None
         run(
             norm_forward, -(-channels // _CHANNELS), channels, count, 0 if node.frozen else parts.shape[0],
-            parts.data_ptr(), *map(address, affine), *map(address, running), int(update), bits(momentum), bits(node.eps),
-            norm,
+            parts.data_ptr(), *map(address, affine), *map(address, running), int(update), bits(momentum),
+            bits(node.eps), norm,
         )  # fmt: skip

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from fastblocks.backends.numba_kernels import round_up
 from fastblocks.backends.numba_pool import first_of, kernel
 from fastblocks.backends.numba_vector import (
@@ -16,6 +14,7 @@ from fastblocks.backends.numba_vector import (
     floats_at,
     fma,
     get,
+    inlined,
     int64s_at,
     opaque,
     put,
@@ -26,7 +25,7 @@ from fastblocks.backends.numba_vector import (
 __all__ = ["depthwise", "depthwise_weight"]
 
 
-@njit  # type: ignore[untyped-decorator]
+@inlined
 def zero(to: Any, at: int, count: int) -> None:
     """Write zeros, whole vectors of them."""
     nothing = splat(0.0)
@@ -34,7 +33,7 @@ def zero(to: Any, at: int, count: int) -> None:
         put(to, at + i, nothing, WIDTH)
 
 
-@njit  # type: ignore[untyped-decorator]
+@inlined
 def load_row(
     ring: Any, to: int, x: Any, of: int, pixel: int, width: int, channels: int, scale: Any, shift: Any, normed: bool,
     center: Any, centered: bool, low: Any, high: Any, order: Any, ordered: bool, room: Any,
@@ -61,7 +60,7 @@ def load_row(
         to += line
 
 
-@njit  # type: ignore[untyped-decorator]
+@inlined
 def load_gradient_row(
     ring: Any, to: int, g: Any, of: int, pixel: int, z: Any, z_of: int, z_pixel: int, width: int, spread: int,
     channels: int, center: Any, factors: Any,
@@ -77,7 +76,7 @@ def load_gradient_row(
             put(ring, to + j * spread * line + c, v, WIDTH)
 
 
-@njit  # type: ignore[untyped-decorator]
+@inlined
 def _row_of_nine(
     ring: Any, r0: int, r1: int, r2: int, step: int, apart: int, taps: Any, start: Any, started: bool, channels: int,
     low: Any, high: Any, y: Any, to: int, y_pixel: int, width: int,
@@ -108,7 +107,7 @@ def _row_of_nine(
             put(y, to + j * y_pixel + c, clamp(v, low, high), count)
 
 
-@njit  # type: ignore[untyped-decorator]
+@inlined
 def _row(
     ring: Any, row: int, span: int, length: int, kernel_h: int, kernel_w: int, dilation_h: int, step: int, apart: int,
     taps: Any, start: Any, started: bool, channels: int, low: Any, high: Any, y: Any, to: int, y_pixel: int,
@@ -212,7 +211,7 @@ def depthwise(begin: int, end: int, context: Any) -> None:
                     )  # fmt: skip
 
 
-@njit  # type: ignore[untyped-decorator]
+@inlined
 def _weight_of_nine(
     ring: Any, r0: int, r1: int, r2: int, step: int, apart: int, dz: Any, width: int, channels: int, sums: Any
 ) -> None:

@@ -20,7 +20,7 @@ from fastblocks.backends.numba_chain import (
     part,
 )
 from fastblocks.backends.numba_maps import Map, empty_map, read_even, shuffle_order
-from fastblocks.backends.numba_ops import run_depthwise, run_pool, run_product, spatial
+from fastblocks.backends.numba_passes import run_depthwise, run_pool, run_product, spatial
 from fastblocks.backends.program import Kind, Node, Program
 
 __all__ = ["forward", "make_program"]
@@ -30,15 +30,13 @@ def make_program(nodes: tuple[tuple[int | float, ...], ...]) -> Program:
     """The nodes again, of their numbers."""
     program = []
     for flat in nodes:
-        kind, value, first, channels, other, groups, shuffle, *rest = map(int, flat[:-1])
-        pairs = [(rest[i], rest[i + 1]) for i in range(0, 8, 2)]
+        *head, eps = flat
+        kind, value, first, channels, other, groups, shuffle, *rest = map(int, head)
+        stride, padding, dilation, kernel = ((rest[i], rest[i + 1]) for i in range(0, 8, 2))
         activation, frozen, update = rest[8:]
-        program.append(
-            Node(
-                Kind(kind), value, first, channels, other, groups, shuffle, *pairs, activation, bool(frozen), bool(update),
-                flat[-1],
-            )  # fmt: skip
-        )
+        node = Node(Kind(kind), value, first, channels, other, groups, shuffle, stride, padding, dilation, kernel)
+        node = node._replace(activation=activation, frozen=bool(frozen), update=bool(update), eps=eps)
+        program.append(node)
     return tuple(program)
 
 
@@ -105,7 +103,9 @@ class _Forward:
             z = self._dense(node, weight, moments)
         chain.values.append(z)
         pair = slice(2 * conv, 2 * conv + 2)
-        moments.finish(node, z.c, z.pixels, self.affine[pair], self.running[pair], self.momenta[conv], chain.norm(value))
+        moments.finish(
+            node, z.c, z.pixels, self.affine[pair], self.running[pair], self.momenta[conv], chain.norm(value)
+        )
 
     def _pointwise(self, node: Node, weight: Tensor, moments: Moments) -> Map:
         chain = self.chain
@@ -123,7 +123,8 @@ class _Forward:
         chain = self.chain
         x = chain.value(node.input)
         sizes = zip((x.h, x.w), weight.shape[2:], node.stride, node.padding, node.dilation, strict=True)
-        z = empty_map(x.n, *(spatial(*s) for s in sizes), x.c)
+        h, w = (spatial(*s) for s in sizes)
+        z = empty_map(x.n, h, w, x.c)
         order = shuffle_order(x.c, node.shuffle).data_ptr() if node.shuffle > 1 else 0
         how: Any = chain.normed(node.input)
         for i, j in image_chunks(x.n, max(x.h * x.w, z.h * z.w) * x.c):

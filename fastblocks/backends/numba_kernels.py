@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from numba import njit
-
 from fastblocks.backends.numba_pool import first_of, kernel
 from fastblocks.backends.numba_vector import (
     WIDTH,
@@ -19,6 +17,7 @@ from fastblocks.backends.numba_vector import (
     floats_at,
     fma,
     get,
+    inlined,
     int64s_at,
     maximum,
     mul,
@@ -31,7 +30,7 @@ __all__ = ["finish", "fold", "global_mean", "pack_taps", "permute", "pool", "rou
 FOLD_WORDS = 8
 
 
-@njit  # type: ignore[untyped-decorator]
+@inlined
 def round_up(channels: int) -> int:
     """Channels with room for a last vector."""
     return (channels + WIDTH - 1) // WIDTH * WIDTH

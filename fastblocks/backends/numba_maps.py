@@ -53,7 +53,7 @@ class Map(NamedTuple):
 
     def offset(self) -> int:
         """Floats from the beginning of the owner's storage."""
-        return self.owner.storage_offset() + (self.address - self.owner.data_ptr()) // 4
+        return int(self.owner.storage_offset()) + (self.address - self.owner.data_ptr()) // 4
 
     def tensor(self) -> Tensor:
         """The map in torch's order of dimensions."""
@@ -131,4 +131,3 @@ def room(channels: int) -> int:
 def address(tensor: Tensor | None) -> int:
     """Of a vector, or 0."""
     return 0 if tensor is None else tensor.data_ptr()
-

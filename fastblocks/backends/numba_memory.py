@@ -125,6 +125,14 @@ class _Arena:
 _arena = _Arena()
 
 
+def _after_fork() -> None:
+    # another thread of the parent may have held it
+    _arena.lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def empty_image(n: int, c: int, h: int, w: int) -> Tensor:
     """A tensor ``(N, C, H, W)`` in channels_last, whatever was in its memory."""
     size = 4 * n * c * h * w

@@ -1,16 +1,14 @@
 """BatchNorm in training, as compiled loops: statistics, what is read through them, and their gradients.
 
 A BatchNorm's constants are a block of `ROWS` rows of floats, each with room for a last vector: center, scale, shift,
-1 / deviation, and the mean minus the center. ``(z - center) * scale + shift`` is the normalised value; the center is the
-mean, rounded, so that nothing cancels where the mean is large.
+1 / deviation, and the mean minus the center. ``(z - center) * scale + shift`` is the normalised value; the center is
+the mean, rounded, so that nothing cancels where the mean is large.
 """
 
 from __future__ import annotations
 
 import math
 from typing import Any
-
-from numba import njit
 
 from fastblocks.backends.numba_kernels import round_up
 from fastblocks.backends.numba_pool import first_of, kernel
@@ -22,6 +20,7 @@ from fastblocks.backends.numba_vector import (
     floats_at,
     fma,
     get,
+    inlined,
     int64s_at,
     mul,
     put,
@@ -39,7 +38,7 @@ CHANNELS = 64
 """Of an item of the loops over channels."""
 
 
-@njit  # type: ignore[untyped-decorator]
+@inlined
 def normalised(v: Any, norm: Any, line: int, c: int) -> Any:
     """A vector of channels from `c` on, through a BatchNorm's constants."""
     return fma(sub(v, get(norm, c, WIDTH)), get(norm, line + c, WIDTH), get(norm, 2 * line + c, WIDTH))
@@ -60,8 +59,9 @@ def moments(begin: int, end: int, context: Any) -> None:
         lines = floats_at(words[8] + 12 * slice_ * line)
         for item in range(first_of(words, slice_), first_of(words, slice_ + 1)):
             out = doubles_at(words[7] + 8 * item * (1 + 2 * channels))
-            mean, squares = doubles_at(words[7] + 8 * (item * (1 + 2 * channels) + 1)), doubles_at(
-                words[7] + 8 * (item * (1 + 2 * channels) + 1 + channels)
+            mean, squares = (
+                doubles_at(words[7] + 8 * (item * (1 + 2 * channels) + 1)),
+                doubles_at(words[7] + 8 * (item * (1 + 2 * channels) + 1 + channels)),
             )
             have = 0.0
             for c in range(channels):
@@ -235,10 +235,7 @@ def receive(begin: int, end: int, context: Any) -> None:
                             room[order[c]] = g[of + c]
                     for c in range(0, channels, WIDTH):
                         count = channels - c
-                        if words[17] != 0:
-                            v = get(room, c, count)
-                        else:
-                            v = get(g, of + c, count)
+                        v = get(room, c, count) if words[17] != 0 else get(g, of + c, count)
                         if words[7] != 0:
                             v = add(v, get(more, pixel * more_stride + c, count))
                         if words[9] != 0:

@@ -1,10 +1,10 @@
 """Compiled functions over items, on torch's own thread pool.
 
 A kernel is a function ``(begin, end, context)`` that Numba compiles to an address, which ``torch_parallel_for`` calls:
-no threading layer of Numba's, no second OpenMP runtime, and ``torch.set_num_threads`` holds. `context` is the address of
-64-bit words. The first two are the number of items and of slices; slice ``s`` of ``S`` has the items from
-``items * s // S`` on, and may have scratch of its own. What a slice computes must not depend on how many there are: sums
-belong to items.
+no threading layer of Numba's, no second OpenMP runtime, and ``torch.set_num_threads`` holds. `context` is the address
+of 64-bit words. The first two are the number of items and of slices; slice ``s`` of ``S`` has the items from
+``items * s // S`` on, and may have scratch of its own. What a slice computes must not depend on how many there are:
+sums belong to items.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import ctypes
 import hashlib
 import os
 import struct
+import threading
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from numba import njit, types
+from numba import types
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
+
+from fastblocks.backends.numba_vector import inlined
 
 __all__ = ["Kernel", "bits", "first_of", "kernel", "kernels", "pool_reason", "run", "run_alone", "threads"]
 
@@ -49,23 +52,44 @@ class _Cache(FunctionCache):  # type: ignore[misc]
         return (*super()._index_key(sig, codegen), _STAMP)
 
 
+def _cache_of(body: Body) -> _Cache | None:
+    """Where the code is kept; None where no directory can be written: then each process compiles for itself."""
+    try:
+        return _Cache(body)
+    except RuntimeError:
+        return None
+
+
+_compiling = threading.RLock()
+
+
 class Kernel:
     """A function that is compiled, or read from the cache, when it is first used."""
 
     def __init__(self, body: Body) -> None:
         self.name = body.__name__
+        self.cache_directory: str | None = None
         self._body = body
         self._compiled: Any = None
         self._plain: Any = None
 
     def compile(self) -> Kernel:
         """Compile it now."""
-        if self._compiled is None:
-            compiled = CFunc(self._body, _SIGNATURE, locals={}, options={"error_model": "numpy"})
-            compiled._cache = _Cache(self._body)
-            compiled.compile()
-            self._compiled = compiled
+        with _compiling:
+            if self._compiled is None:
+                compiled: Any = CFunc(self._body, _SIGNATURE, locals={}, options={"error_model": "numpy"})
+                cache = _cache_of(self._body)
+                if cache is not None:
+                    compiled._cache = cache
+                    self.cache_directory = cache.cache_path
+                compiled.compile()
+                self._compiled = compiled
         return self
+
+    @property
+    def from_cache(self) -> bool:
+        """Whether the machine code was found on disk."""
+        return self._compiled is not None and self._compiled.cache_hits > 0
 
     @property
     def address(self) -> int:
@@ -96,7 +120,7 @@ def kernels() -> Iterator[Kernel]:
     return iter(_kernels.values())
 
 
-@njit  # type: ignore[untyped-decorator]
+@inlined
 def first_of(context: Any, slice_: int) -> int:
     """The first item of a slice."""
     return context[0] * slice_ // context[1]
@@ -109,13 +133,16 @@ def bits(value: float) -> int:
 
 
 def _parallel_for() -> tuple[Any, str | None]:
-    """torch's C function; or None and why, where this torch has not got it (before 2.10)."""
+    """Torch's C function; or None and why, where this torch has not got it (before 2.10)."""
     try:
         # Looked up among what the process has loaded, so that no second copy of a library is opened.
         library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
         function = library.torch_parallel_for
     except (OSError, AttributeError) as error:
-        return None, f"numba kernels run on one thread: torch {torch.__version__} has no thread pool to borrow ({error})"
+        return (
+            None,
+            f"numba kernels run on one thread: torch {torch.__version__} has no thread pool to borrow ({error})",
+        )
     function.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
     function.restype = ctypes.c_int32
     return function, None

@@ -14,7 +14,7 @@ from fastblocks.backends.numba_forward import forward, make_program
 from fastblocks.backends.numba_ops import TABLE as OPS
 from fastblocks.backends.program import Program
 
-__all__ = ["TABLE", "chain_functions", "info"]
+__all__ = ["TABLE", "cache_directory", "chain_functions", "info", "kernels"]
 
 
 def info() -> dict[str, Any]:
@@ -25,6 +25,16 @@ def info() -> dict[str, Any]:
         "pool": "torch" if numba_pool.has_pool() else "none",
         "reason": numba_pool.pool_reason,
     }
+
+
+def kernels() -> list[numba_pool.Kernel]:
+    """All that are compiled, when they are used or before."""
+    return list(numba_pool.kernels())
+
+
+def cache_directory() -> str | None:
+    """Where the machine code is kept; None where no directory can be written."""
+    return next((kernel.cache_directory for kernel in numba_pool.kernels() if kernel.cache_directory), None)
 
 
 def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,6 +48,7 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 TABLE: dict[str, Callable[..., Any]] = {name: _counted(name, function) for name, function in OPS.items()}
 """The ops of this tier by name. Call sites find them here, so they count their calls themselves."""
+
 
 class _ChainFunctions(NamedTuple):
     make_program: Callable[..., Program]

@@ -6,6 +6,7 @@ pointer is indexed plainly, and a vector is one value: its width does not depend
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -23,6 +24,7 @@ __all__ = [
     "floats_at",
     "fma",
     "get",
+    "inlined",
     "int64s_at",
     "maximum",
     "mul",
@@ -50,6 +52,15 @@ _MASK = ir.VectorType(ir.IntType(1), WIDTH)
 _LANES = ir.VectorType(_I32, WIDTH)
 
 
+def _intrinsic(function: Callable[..., Any]) -> Any:
+    return intrinsic(function)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """A function that kernels call; LLVM inlines it."""
+    return njit(function)
+
+
 class VectorType(types.Type):  # type: ignore[misc]
     """A vector of float32."""
 
@@ -69,7 +80,7 @@ class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
 def _pointer(element: Any) -> Any:
     """A function that makes a pointer of an address (an integer, or the void* that a kernel is given)."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @_intrinsic
     def at(typing: Any, address: Any) -> Any:
         result = types.CPointer(element)
 
@@ -89,7 +100,7 @@ doubles_at = _pointer(types.float64)
 int64s_at = _pointer(types.int64)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def beyond(typing: Any, pointer: Any, index: Any) -> Any:
     """The pointer to the float at an index."""
 
@@ -99,7 +110,7 @@ def beyond(typing: Any, pointer: Any, index: Any) -> Any:
     return pointer(pointer, types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def opaque(typing: Any, value: Any) -> Any:
     """The same integer, of which LLVM knows nothing.
 
@@ -134,7 +145,7 @@ def _call(builder: Any, name: str, result: Any, args: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def _load(typing: Any, pointer: Any, index: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         place = builder.bitcast(_place(builder, *args), _VECTOR.as_pointer())
@@ -143,7 +154,7 @@ def _load(typing: Any, pointer: Any, index: Any) -> Any:
     return vector(pointer, types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def _store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         place = builder.bitcast(_place(builder, args[0], args[1]), _VECTOR.as_pointer())
@@ -153,7 +164,7 @@ def _store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
     return types.void(pointer, types.int64, vector), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def _load_some(typing: Any, pointer: Any, index: Any, count: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         place = builder.bitcast(_place(builder, args[0], args[1]), _VECTOR.as_pointer())
@@ -164,7 +175,7 @@ def _load_some(typing: Any, pointer: Any, index: Any, count: Any) -> Any:
     return vector(pointer, types.int64, types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def _store_some(typing: Any, pointer: Any, index: Any, value: Any, count: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         place = builder.bitcast(_place(builder, args[0], args[1]), _VECTOR.as_pointer())
@@ -175,7 +186,7 @@ def _store_some(typing: Any, pointer: Any, index: Any, value: Any, count: Any) -
     return types.void(pointer, types.int64, vector, types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def splat(typing: Any, value: Any) -> Any:
     """A vector of one value."""
 
@@ -185,7 +196,7 @@ def splat(typing: Any, value: Any) -> Any:
     return vector(types.float32), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     """``a * b + c``."""
 
@@ -196,7 +207,7 @@ def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 def _binary(name: str) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
+    @_intrinsic
     def operation(typing: Any, a: Any, b: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return getattr(builder, name)(*args)
@@ -211,7 +222,7 @@ sub = _binary("fsub")
 mul = _binary("fmul")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def maximum(typing: Any, a: Any, b: Any) -> Any:
     """The larger of the two; NaN where `b` is, and where `a` already was: torch's order of a maximum over a window."""
 
@@ -223,7 +234,7 @@ def maximum(typing: Any, a: Any, b: Any) -> Any:
     return vector(vector, vector), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def clamp(typing: Any, value: Any, low: Any, high: Any) -> Any:
     """Between two bounds; NaN stays NaN."""
 
@@ -235,7 +246,7 @@ def clamp(typing: Any, value: Any, low: Any, high: Any) -> Any:
     return vector(vector, vector, vector), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def select_inside(typing: Any, value: Any, low: Any, high: Any, then: Any) -> Any:
     """`then` where a value lies between two bounds or is NaN, else zero: how a gradient passes an activation."""
 
@@ -247,7 +258,7 @@ def select_inside(typing: Any, value: Any, low: Any, high: Any, then: Any) -> An
     return vector(vector, vector, vector, vector), generate
 
 
-@njit  # type: ignore[untyped-decorator]
+@inlined
 def get(pointer: Any, index: int, count: int) -> Any:
     """The vector at an index, of which `count` floats are there; the others are zeros and not read."""
     if count >= WIDTH:
@@ -255,7 +266,7 @@ def get(pointer: Any, index: int, count: int) -> Any:
     return _load_some(pointer, index, count)
 
 
-@njit  # type: ignore[untyped-decorator]
+@inlined
 def put(pointer: Any, index: int, value: Any, count: int) -> None:
     """Store the first `count` floats of a vector."""
     if count >= WIDTH:

@@ -82,6 +82,19 @@ def info(as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a line.")
+def warmup(as_json: bool) -> None:
+    """Compile the numba tier's kernels ahead of their first use.
+
+    They are kept on disk, for this processor and this version of fastblocks: later processes only read them.
+    """
+    from fastblocks.cli.report import print_json, print_warmup
+    from fastblocks.cli.warmup import warmup as run_warmup
+
+    (print_json if as_json else print_warmup)(run_warmup())
+
+
+@cli.command()
 @click.option("--model", default="mobilenet_v2", show_default=True, metavar="NAME", help="Which network.")
 @click.option(
     "--data",

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["print_classification", "print_info", "print_json"]
+__all__ = ["print_classification", "print_info", "print_json", "print_warmup"]
 
 BAR = 24  # characters of a probability of 1
 
@@ -80,6 +80,16 @@ def print_info(facts: Mapping[str, Any]) -> None:
     console = Console(highlight=False)
     console.print(Text(f"fastblocks {facts['fastblocks']}", "bold"))
     console.print(table)
+
+
+def print_warmup(result: Mapping[str, Any]) -> None:
+    """Print what a warm-up did, in a line."""
+    console = Console(highlight=False)
+    known = result["kernels"] - result["compiled"]
+    done = f"{_count(result['compiled'], 'kernel')} compiled for {result['cpu']}, {known} were there"
+    where = f"kept in {result['cache']}" if result["cache"] else "not kept: no directory for them can be written"
+    text = Text.assemble((done, "bold"), f", {result['seconds']:.1f} s; {where}")
+    console.print(text, soft_wrap=True)
 
 
 def _backend_phrase(backend: Mapping[str, Any]) -> str:

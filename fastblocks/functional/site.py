@@ -161,7 +161,12 @@ def chain(layers: Sequence[dict[str, Any]], modules: Modules) -> Site | None:
         layers: the ``__dict__`` of each layer, where its own site is the entry ``_site``.
         modules: what the layers and the container look like.
     """
-    if make_chain is None or state.name != "native" or not layers or any(layer.get("_site") is None for layer in layers):
+    if (
+        make_chain is None
+        or state.name != "native"
+        or not layers
+        or any(layer.get("_site") is None for layer in layers)
+    ):
         return None
     joined: Site = make_chain((modules.tables, modules.states, *modules.hooks, modules.settings, layers))
     return joined
