@@ -152,7 +152,7 @@ def join_parts(
     """Read one or two values, and write their sum, or their channels by turns."""
     items, step = pass_of(a.pixels, a.channels)
     slices = min(threads(), items)
-    memory = scratch("pixels", slices * 2 * room(a.channels)).data_ptr() if turns else 0
+    memory = scratch("pixels", slices * 4 * room(a.channels)).data_ptr() if turns else 0
     second = (0, 0) if b is None else (b.address, b.stride)
     run(
         join, items, a.pixels, step, a.channels, a.address, a.stride, *reading, *second, *other, to.address, to.stride,

@@ -19,6 +19,7 @@ from fastblocks.backends.numba_vector import (
     get,
     inlined,
     int64s_at,
+    interleave,
     maximum,
     mul,
     put,
@@ -141,7 +142,8 @@ def permute(begin: int, end: int, context: Any) -> None:
     """Channels of one or two inputs together, in another order, to one or two outputs.
 
     Words: pixels, pixels an item; input, stride and channels, twice (second 0: none); the order, by which channel of
-    the inputs each channel of the outputs is; output, stride and channels, twice; room for a pixel of each slice.
+    the inputs each channel of the outputs is (0: the two halves by turns); output, stride and channels, twice; room for
+    two pixels of each slice.
     """
     words = int64s_at(context)
     pixels, step = words[2], words[3]
@@ -151,7 +153,11 @@ def permute(begin: int, end: int, context: Any) -> None:
     y, y_stride, y_channels = floats_at(words[11]), words[12], words[13]
     w, w_stride, w_channels = floats_at(words[14]), words[15], words[16]
     for slice_ in range(begin, end):
-        room = floats_at(words[17] + 4 * slice_ * round_up(a_channels + b_channels))
+        # the second half of the inputs' channels may begin amid a vector, and reads and writes whole ones
+        line = round_up(a_channels + b_channels) + 2 * WIDTH
+        room = floats_at(words[17] + 4 * slice_ * 2 * line)
+        turns = floats_at(words[17] + 4 * (slice_ * 2 + 1) * line)
+        half = (a_channels + b_channels) // 2
         for item in range(first_of(words, slice_), first_of(words, slice_ + 1)):
             for pixel in range(item * step, min(pixels, (item + 1) * step)):
                 of = pixel * a_stride
@@ -161,6 +167,14 @@ def permute(begin: int, end: int, context: Any) -> None:
                 for c in range(0, b_channels, WIDTH):
                     put(room, a_channels + c, get(b, of + c, b_channels - c), b_channels - c)
                 to = pixel * y_stride
+                if words[10] == 0:
+                    interleave(room, half, half, turns, 0)
+                    for c in range(0, y_channels, WIDTH):
+                        put(y, to + c, get(turns, c, WIDTH), y_channels - c)
+                    to = pixel * w_stride
+                    for c in range(0, w_channels, WIDTH):
+                        put(w, to + c, get(turns, y_channels + c, WIDTH), w_channels - c)
+                    continue
                 for c in range(y_channels):
                     y[to + c] = room[order[c]]
                 to = pixel * w_stride

@@ -22,6 +22,7 @@ from fastblocks.backends.numba_vector import (
     get,
     inlined,
     int64s_at,
+    interleave,
     mul,
     put,
     select_inside,
@@ -156,7 +157,7 @@ def join(begin: int, end: int, context: Any) -> None:
     """``clamp(read(a) + read(b))`` of pixels, or the channels of the two by turns; one value alone is read.
 
     Words: pixels, pixels an item, channels; a, stride, constants of its BatchNorm (0: none), low, high; the same of b
-    (no address: none); output, stride; low, high; whether by turns; room for a pixel of each slice.
+    (no address: none); output, stride; low, high; whether by turns; four lines of scratch a slice.
     """
     words = int64s_at(context)
     reals = doubles_at(context)
@@ -169,7 +170,7 @@ def join(begin: int, end: int, context: Any) -> None:
     low, high = splat(reals[17]), splat(reals[18])
     line = round_up(channels)
     for slice_ in range(begin, end):
-        room = floats_at(words[20] + 4 * slice_ * 2 * line)
+        room = floats_at(words[20] + 4 * slice_ * 4 * line)
         for item in range(first_of(words, slice_), first_of(words, slice_ + 1)):
             for pixel in range(item * step, min(pixels, (item + 1) * step)):
                 of_a, of_b, to = pixel * a_stride, pixel * b_stride, pixel * y_stride
@@ -191,9 +192,9 @@ def join(begin: int, end: int, context: Any) -> None:
                     else:
                         put(y, to + c, clamp(v, low, high), count)
                 if words[19] != 0:
-                    for c in range(channels):
-                        y[to + 2 * c] = room[c]
-                        y[to + 2 * c + 1] = room[line + c]
+                    interleave(room, line, channels, room, 2 * line)
+                    for c in range(0, 2 * channels, WIDTH):
+                        put(y, to + c, get(room, 2 * line + c, WIDTH), 2 * channels - c)
 
 
 @kernel

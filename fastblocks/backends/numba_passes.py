@@ -12,6 +12,7 @@ from fastblocks.backends.numba_depthwise import depthwise
 from fastblocks.backends.numba_kernels import finish, fold, pack_taps, permute, pool
 from fastblocks.backends.numba_maps import Map, address, room, scratch, shuffle_order
 from fastblocks.backends.numba_pool import bits, run, run_alone, threads
+from fastblocks.backends.numba_vector import WIDTH
 
 __all__ = [
     "CLAMPS",
@@ -157,11 +158,11 @@ def run_permute(inputs: Sequence[Map], outputs: Sequence[Map], groups: int) -> N
     step = step_of(channels)
     items = -(-inputs[0].pixels // step)
     slices = min(threads(), items)
-    memory = scratch("pixels", slices * room(channels))
+    memory = scratch("pixels", slices * 2 * (room(channels) + 2 * WIDTH))
     none = (0, 0, 0)
     a, b = [(m.address, m.pixel, m.c) for m in inputs] + [none] * (2 - len(inputs))
     y, w = [(m.address, m.pixel, m.c) for m in outputs] + [none] * (2 - len(outputs))
-    order = shuffle_order(channels, groups).data_ptr()
+    order = 0 if groups == 2 else shuffle_order(channels, groups).data_ptr()
     pixels = inputs[0].pixels
     run(permute, items, pixels, step, *a, *b, order, *y, *w, memory.data_ptr(), slices=slices)
 

@@ -26,6 +26,7 @@ __all__ = [
     "get",
     "inlined",
     "int64s_at",
+    "interleave",
     "maximum",
     "mul",
     "opaque",
@@ -222,6 +223,24 @@ sub = _binary("fsub")
 mul = _binary("fmul")
 
 
+def _interleaved(half: int) -> Any:
+    @_intrinsic
+    def operation(typing: Any, a: Any, b: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            first = half * WIDTH // 2
+            lanes = [first + i // 2 + i % 2 * WIDTH for i in range(WIDTH)]
+            return builder.shuffle_vector(*args, ir.Constant(_LANES, lanes))
+
+        return vector(vector, vector), generate
+
+    return operation
+
+
+interleaved_low = _interleaved(0)
+interleaved_high = _interleaved(1)
+"""The lanes of two vectors by turns: of their first halves, and of their second halves."""
+
+
 @_intrinsic
 def maximum(typing: Any, a: Any, b: Any) -> Any:
     """The larger of the two; NaN where `b` is, and where `a` already was: torch's order of a maximum over a window."""
@@ -273,3 +292,12 @@ def put(pointer: Any, index: int, value: Any, count: int) -> None:
         _store(pointer, index, value)
     else:
         _store_some(pointer, index, value, count)
+
+
+@inlined
+def interleave(room: Any, second: int, count: int, to: Any, at: int) -> None:
+    """``room[:count]`` and ``room[second:][:count]`` by turns; whole vectors are read and written."""
+    for c in range(0, count, WIDTH):
+        a, b = get(room, c, WIDTH), get(room, second + c, WIDTH)
+        put(to, at + 2 * c, interleaved_low(a, b), WIDTH)
+        put(to, at + 2 * c + WIDTH, interleaved_high(a, b), WIDTH)
