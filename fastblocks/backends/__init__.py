@@ -69,7 +69,7 @@ _numba_reason: str | None = None
 
 make_site: Callable[[Any], Any] | None = None if _native is None else _native.make_site
 make_chain: Callable[[Any], Any] | None = None if _native is None else _native.make_chain
-"""Make a call site, or a chain of layers that have one (``functional/site.py``); None without the extension."""
+"""Make a call site, or a chain of sites (``functional/site.py``); None without the extension."""
 
 
 def load_numba() -> ModuleType:

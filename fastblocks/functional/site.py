@@ -3,7 +3,7 @@
 Checking the modules and tensors of a block costs more than a small kernel. So they are checked in full once; what was
 seen of them then (of the tensors: type, dtype, device, layout, shape, strides, requires_grad; of torch: no autocast,
 transform, mode or trace) is described to the extension, which afterwards compares all of it in one pass. Where it does
-not hold, the site returns None and everything is checked again.
+not hold, the site returns None and everything is checked again. Without the extension, Python compares.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastblocks.backends import make_chain, make_site, state
-from fastblocks.functional import checks, dispatch
+from fastblocks.functional import checks, dispatch, python_site
 from fastblocks.functional.autograd import differentiable
 from fastblocks.functional.plain import dispatch_modes, function_modes, nothing_watches, profiling, readable
 
@@ -131,7 +131,7 @@ def make(
         places += what if kind == "record" else [what] if kind == "tensor" else []
     tensors = [t for t in (table[key] for table, key in places) if t is not None]
     every = [input, *tensors]
-    if make_site is None or not nothing_watches() or not readable(every) or len({id(t) for t in every}) < len(every):
+    if not nothing_watches() or not readable(every) or len({id(t) for t in every}) < len(every):
         return None
     description = (
         state.table,
@@ -150,7 +150,7 @@ def make(
         *modules.hooks,
         modules.settings,
     )
-    site: Site = make_site(description)
+    site: Site = (make_site or python_site.make_site)(description)
     return site
 
 
