@@ -18,6 +18,13 @@ from fastblocks.functional import site
 from fastblocks.layers import can_fuse, why_not_fuse
 
 
+@pytest.fixture(autouse=True, params=["the best site", "a site in Python"])
+def _sites(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call sites of the extension, if there is one, and those without it."""
+    if request.param == "a site in Python":
+        monkeypatch.setattr(site, "make_site", None)
+
+
 def nothing(*args: Any) -> None:
     return None
 

@@ -22,6 +22,12 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
+COMPILED = [
+    pytest.param(name, marks=pytest.mark.skipif(name not in fastblocks.backend_info()["tiers"], reason=f"needs {name}"))
+    for name in ("native", "numba")
+]
+
+
 class Training(Plain):
     """A plain network with batch statistics, on tensors that it is given."""
 
@@ -125,8 +131,9 @@ def losses(first: nn.Module, tier: str, dtype: torch.dtype, wrong: float = 0.0) 
     return torch.tensor(found, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_some_steps(name: str) -> None:
+def test_some_steps(name: str, compiled: str) -> None:
     """The losses of stock torch to 1e-3, the first to 1e-4, or as near to float64's as torch's where a bit tells more.
 
     Networks at their first steps multiply an error tenfold or more a step: torch's float32 itself is off by that.
@@ -134,18 +141,19 @@ def test_some_steps(name: str) -> None:
     model = build(name)
     truth = losses(model, "reference", torch.float64)
     torchs = [(losses(model, "reference", torch.float32, w) - truth).abs() for w in (0.0, 2**-23, 2**-22)]
-    wrong = (losses(model, "native", torch.float32) - truth).abs()
+    wrong = (losses(model, compiled, torch.float32) - truth).abs()
     allowed = torch.stack(torchs).amax(0).cummax(0).values.mul(10).clamp(min=1e-3)
     assert (wrong <= allowed).all(), (wrong, allowed)
     assert wrong[0] < 1e-4
 
 
+@pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "shufflenet_v1_g3", "shufflenet_v2_x1_0"])
-def test_networks_are_chains(name: str) -> None:
+def test_networks_are_chains(name: str, compiled: str) -> None:
     """Several chains, for a tensor between two of them is where gradients become ready; far fewer than layers."""
     model = fastblocks.models.create(name).train()
     layers = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    with fastblocks.use_backend("native"):
+    with fastblocks.use_backend(compiled):
         count = chains(model(torch.randn(2, 3, 64, 64)))
     assert 3 <= count <= layers // 4, (count, layers)
     with fastblocks.use_backend("reference"):
