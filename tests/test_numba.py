@@ -25,6 +25,8 @@ from fastblocks import functional as F
 
 try:
     with fastblocks.use_backend("numba"):
+        import numba
+
         from fastblocks.backends import numba_memory, numba_pool, numba_tier
         from fastblocks.backends.numba_vector import int64s_at
 except RuntimeError as error:
@@ -320,9 +322,10 @@ def test_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not mark.from_cache and mark.cache_directory is None
 
 
-def test_the_cache_knows_all_files_that_kernels_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_knows_all_files_that_kernels_are_made_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Numba looks at a kernel's own file only."""
-    kernel = numba_tier.kernels()[0]
-    assert numba_pool.Kernel(kernel._body).compile().from_cache
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    body = numba_tier.kernels()[0]._body
+    assert [numba_pool.Kernel(body).compile().from_cache for _ in range(2)] == [False, True]
     monkeypatch.setattr(numba_pool, "_STAMP", "of an edited file")
-    assert not numba_pool.Kernel(kernel._body).compile().from_cache
+    assert not numba_pool.Kernel(body).compile().from_cache

@@ -296,10 +296,10 @@ def backward(
     chain.norms = norms
     inside: list[Any] = rest[: len(program) - 1]
     chain.values += [read_even(t) for t in inside]
-    chain.values.append(None if output is None else read_even(output))
-    if output is None:
-        chain.values[-1] = read_even(grad)  # of its shape alone something is read
+    g = read_even(grad)
+    # of an output that is not kept the shape alone is read
+    chain.values.append(g if output is None else read_even(output))
     places: list[Any] = rest[len(program) - 1 :]
     half = _Backward(chain, affine, places, needs)
-    half.build(read_even(grad))
+    half.build(g)
     return half.results

@@ -7,6 +7,7 @@ for them any more, and join.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
@@ -47,7 +48,7 @@ def _reserve() -> mmap.mmap | None:
         except (OSError, ValueError):
             size //= 2
             continue
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError, AttributeError):  # a kernel without huge pages
             found.madvise(mmap.MADV_HUGEPAGE)
         return found
     return None
