@@ -110,41 +110,41 @@ def test_one_step(backend: str, name: str, kinks: bool) -> None:
     assert all(int(v) == 1 for k, v in model.named_buffers() if "tracked" in k)
 
 
-def losses(first: nn.Module, tier: str, dtype: torch.dtype, wrong: float = 0.0) -> Tensor:
-    """The losses of five steps; `wrong` is how far, relatively, the first weights are from those given."""
-    model = copy.deepcopy(first).to(dtype)
-    random = torch.Generator().manual_seed(2)
-    noise = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(1 + wrong * torch.randn(p.shape, generator=noise))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.5, weight_decay=1e-4)
-    found = []
-    with fastblocks.use_backend(tier):
-        for _ in range(5):
-            x = torch.randn(4, 3, 64, 64, generator=random).to(dtype)
-            optimizer.zero_grad()
-            loss = tF.cross_entropy(model(x), torch.randint(0, 10, (4,), generator=random))
-            loss.backward()
-            optimizer.step()
-            found.append(loss.item())
-    return torch.tensor(found, dtype=torch.float64)
+def loss_and_gradient(model: nn.Module, x: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    model.zero_grad()
+    loss = tF.cross_entropy(model(x), labels)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_some_steps(name: str, compiled: str) -> None:
-    """The losses of stock torch to 1e-3, the first to 1e-4, or as near to float64's as torch's where a bit tells more.
+    """Along a training run in float64, at a real learning rate: from its weights each loss is float64's to 1e-4.
 
-    Networks at their first steps multiply an error tenfold or more a step: torch's float32 itself is off by that.
+    A run of its own would tell nothing: early steps multiply an error tenfold, and torch with one thread is 1e-1 off
+    torch with two after ten. Gradients are as near as torch's float32, whose values at kinks fall on other sides.
     """
-    model = build(name)
-    truth = losses(model, "reference", torch.float64)
-    torchs = [(losses(model, "reference", torch.float32, w) - truth).abs() for w in (0.0, 2**-23, 2**-22)]
-    wrong = (losses(model, compiled, torch.float32) - truth).abs()
-    allowed = torch.stack(torchs).amax(0).cummax(0).values.mul(10).clamp(min=1e-3)
-    assert (wrong <= allowed).all(), (wrong, allowed)
-    assert wrong[0] < 1e-4
+    truth = build(name).double()
+    ours, plain = build(name), build(name)
+    optimizer = torch.optim.SGD(truth.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    random = torch.Generator().manual_seed(2)
+    first = None
+    for _ in range(5):
+        x = torch.randn(4, 3, 64, 64, generator=random)
+        labels = torch.randint(0, 10, (4,), generator=random)
+        for model in (ours, plain):
+            model.load_state_dict(truth.state_dict())
+        with fastblocks.use_backend(compiled):
+            found = loss_and_gradient(ours, x, labels)
+        with fastblocks.use_backend("reference"):
+            torchs = loss_and_gradient(plain, x, labels)
+            want = loss_and_gradient(truth, x.double(), labels)
+        optimizer.step()
+        first = first or want[0]
+        assert abs(found[0] - want[0]) <= max(1e-4, 3 * abs(torchs[0] - want[0]))
+        assert error(found[1], want[1]) <= max(0.02, 3 * error(torchs[1], want[1]))
+    assert first is not None and abs(want[0] - first) > 1e-2, "the weights hardly moved"
 
 
 @pytest.mark.parametrize("compiled", COMPILED)
