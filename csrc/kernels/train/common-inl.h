@@ -201,7 +201,7 @@ inline void store_moments(const Moments& m, int64_t count, double* out) {
 // ---------------------------------------------------------------------------------------------------- finishing
 
 // Zero where the activation was not the identity. A NaN was, as torch has it.
-FASTBLOCKS_INLINE Vec masked(Vec g, Vec v, Vec low, Vec high) { return (v <= low) | (v >= high) ? Vec{} : g; }
+FASTBLOCKS_INLINE Vec masked(Vec g, Vec v, Vec low, Vec high) { return ((v <= low) | (v >= high)) ? Vec{} : g; }
 
 struct Sums {
   double *g, *gz;  // padded
