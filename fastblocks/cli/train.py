@@ -76,17 +76,24 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     with joined() as world:
-        try:
-            data = data or load_data(settings.data, settings.resolution, settings.seed)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        if len(data.train) < 2 * world.size:
-            raise UserError(f"{len(data.train)} pictures to train on: BatchNorm needs two in each process")
-        run = _Run(settings, data, folder, world)
-        if world.rank:
-            return run.run(resume, on_step)
-        with checkpoints.owned(folder):
-            return run.run(resume, on_step)
+        return _train(settings, folder, world, resume, data, on_step)
+
+
+def _train(
+    settings: Settings, folder: Path, world: World, resume: bool, data: Data | None, on_step: OnStep | None
+) -> dict[str, Any]:
+    """One process's part. No wrapped network outlives it: that would hold the process group beyond its end."""
+    try:
+        data = data or load_data(settings.data, settings.resolution, settings.seed)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if len(data.train) < 2 * world.size:
+        raise UserError(f"{len(data.train)} pictures to train on: BatchNorm needs two in each process")
+    run = _Run(settings, data, folder, world)
+    if world.rank:
+        return run.run(resume, on_step)
+    with checkpoints.owned(folder):
+        return run.run(resume, on_step)
 
 
 def _check(settings: Settings) -> None:

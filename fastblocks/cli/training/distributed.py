@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,10 @@ def joined() -> Iterator[World]:
         raise UserError(f"the {size} processes cannot join ({str(error).splitlines()[0]})") from error
     try:
         yield World(rank, size)
+        # Optimizers and schedulers hold each other, and the wrapped network's group would end with the interpreter, its
+        # threads still running. And nobody leaves while others still speak.
+        gc.collect()
+        dist.barrier()
     except UserError as error:
         raise UserError(f"rank {rank}: {error.message}") if rank else error from None
     finally:
