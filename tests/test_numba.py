@@ -96,7 +96,8 @@ def test_without_torchs_pool(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(numba_pool, "pool_reason", "no pool")
         torch.testing.assert_close(layer(x), want)
     info = fastblocks.backend_info()
-    assert (info["threads"], info["thread_pool"], info["reason"]) == (1, "none", "no pool")
+    assert (info["threads"], info["thread_pool"]) == (1, "none")
+    assert info["reason"].endswith("no pool")
 
 
 def test_a_pool_that_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
