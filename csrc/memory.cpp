@@ -130,9 +130,9 @@ struct Pool {
   }
 
   void raise_limit() {
-    const int64_t peak = stats.peak_active_bytes;
-    again_bytes = std::min(again_bytes, peak / 8 * 7);
-    stats.limit_bytes = std::max(stats.limit_bytes, std::max(kLimit, peak / 8 * 9) + again_bytes);
+    const int64_t peak = stats.peak_active_bytes, least = std::max(kLimit, peak / 8 * 9), most = std::max(least, 2 * peak);
+    again_bytes = std::min(again_bytes, most - least);
+    stats.limit_bytes = std::max(stats.limit_bytes, least + again_bytes);
   }
 
   // Unused bytes of the arena.

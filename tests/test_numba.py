@@ -175,7 +175,6 @@ def test_denormals_stay_as_the_caller_has_them() -> None:
     with torch.no_grad():
         layer(torch.randn(1, 8, 16, 16))
     assert float(torch.tensor(1e-40) * 1.0) > 0
-    assert float.fromhex("0x1p-1074") > 0
 
 
 # ------------------------------------------------------------------------------------------------------------ memory
@@ -297,7 +296,7 @@ def test_kernels_are_compiled_when_they_are_used() -> None:
 def test_warmup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["warmup"]) == 0
     out, err = capsys.readouterr()
-    assert out.count("\n") == 1 and not err and f"{len(numba_tier.kernels())} were there" not in err
+    assert out.count("\n") == 1 and not err
     code = "import sys, fastblocks.cli; sys.exit(fastblocks.cli.main(['warmup', '--json']))"
     found = [json.loads(run_alone(code, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2)]
     count = len(numba_tier.kernels())
