@@ -20,9 +20,9 @@ from shapes import OPS, Shape
 from torch import Tensor, nn
 
 import fastblocks
-from fastblocks.cli.info import cpu_name
-from fastblocks.cli.stock import stock_model
-from fastblocks.cli.timing import interleaved, speed_up
+from fastblocks.bench.machine import cpu_name
+from fastblocks.bench.stock import stock_model
+from fastblocks.bench.timing import interleaved, speed_up
 from fastblocks.models.common import channels_last
 
 NETWORKS = ("mobilenet_v1", "mobilenet_v2", "shufflenet_v1_g3", "shufflenet_v2_x1_0")

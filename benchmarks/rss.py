@@ -11,7 +11,7 @@ import select
 import sys
 from pathlib import Path
 
-from peers import Peer, reply
+from fastblocks.bench.process import Peer, reply
 
 INTERVAL = 1e-3  # seconds between two looks
 _PAGE = os.sysconf("SC_PAGE_SIZE")

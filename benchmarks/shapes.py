@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import fastblocks
 from fastblocks import ConvBNAct, DepthwiseConvBNAct, InvertedResidual, PointwiseConvBNAct, functional
-from fastblocks.cli.stock import stock_model
+from fastblocks.bench.stock import stock_model
 from fastblocks.models.common import channels_last
 
 FULL = os.environ.get("FASTBLOCKS_BENCH", "") == "full"

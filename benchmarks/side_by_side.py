@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from peers import Peer, reply
+from fastblocks.bench.process import Peer, reply
 
 PEERS = ("fastblocks", "eager", "channels_last", "compile", "onnxruntime", "openvino", "litert")
 
@@ -31,7 +31,7 @@ def export_network(name: str, folder: Path, batch: int) -> None:
     import torch
 
     import fastblocks
-    from fastblocks.cli.stock import stock_model
+    from fastblocks.bench.stock import stock_model
 
     torch.manual_seed(0)
     model = fastblocks.models.create(name).eval()
@@ -52,7 +52,7 @@ def plain_network(folder: Path):
     """The network in plain torch modules."""
     import torch
 
-    from fastblocks.cli.stock import stock_model
+    from fastblocks.bench.stock import stock_model
 
     return stock_model(torch.load(folder / "model.pth", weights_only=True))
 

@@ -30,8 +30,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peers import Peer, environment, reply
 from rss import resident, sampler
+
+from fastblocks.bench.process import Peer, environment, reply
 
 LABELS = {
     "eager": "torch eager",
@@ -281,7 +282,7 @@ def main() -> None:
         return
     import torch
 
-    from fastblocks.cli.info import cpu_name
+    from fastblocks.bench.machine import cpu_name
 
     keys = ("model", "batch", "resolution", "threads", "rounds", "steps", "malloc_tuned")
     setting = {**{key: getattr(arguments, key) for key in keys}, "torch": torch.__version__, "cpu": cpu_name()}

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fastblocks
-from fastblocks.cli.stock import stock_model
+from fastblocks.bench.stock import stock_model
 
 State = dict[str, Tensor]
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <vector>
 
 #include "dispatch.h"
 #include "memory.h"
@@ -27,6 +28,16 @@ py::dict stats() {
   d["hits"] = s.hits;
   d["misses"] = s.misses;
   return d;
+}
+
+// Runs multiply-adds and nothing else on the pool's threads; returns how many floating point operations that were.
+double spin_multiply_adds(int64_t steps) {
+  const int workers = worker_count();
+  std::vector<float> results(workers);
+  PeakParams params{steps, {0.999f, 0.001f}, results.data(), 0};
+  Work work;
+  kernels().peak.prepare(&params, workers, &work);
+  return run(work.phases, work.count, work.worker_bytes, workers) ? params.flops : 0;
 }
 
 }  // namespace
@@ -73,6 +84,7 @@ PYBIND11_MODULE(_C, m) {
       if (name == level_name(i)) return use_level(i);
     return false;
   });
+  m.def("spin_multiply_adds", &spin_multiply_adds, py::call_guard<py::gil_scoped_release>());
   m.def("memory_stats", &stats);
   m.def("empty_cache", &empty_cache, py::call_guard<py::gil_scoped_release>());
 }

@@ -23,7 +23,7 @@ struct KernelTable {
                     bool planar, int64_t* offsets, float* out);
   void (*pack_depthwise)(const float* w, int64_t channels, int64_t kernel_height, int64_t kernel_width, const int64_t* strides,
                          float* out);
-  Op pointwise, depthwise, conv, block, global_avg_pool, window_pool, shuffle;
+  Op pointwise, depthwise, conv, block, global_avg_pool, window_pool, shuffle, peak;
   TrainTable train;
 };
 

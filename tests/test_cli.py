@@ -15,10 +15,10 @@ from PIL import Image
 
 import fastblocks
 from fastblocks import cli
+from fastblocks.bench.stock import stock_model
+from fastblocks.bench.timing import interleaved, speed_up
 from fastblocks.cli.classify import class_names
 from fastblocks.cli.photo import preprocess, read_photo
-from fastblocks.cli.stock import stock_model
-from fastblocks.cli.timing import interleaved, speed_up
 from fastblocks.models import weights
 
 

@@ -330,9 +330,9 @@ def test_real_weights_on_real_photographs(imagenet, photo, label, probability):
     from PIL import Image
     from skimage import data
 
+    from fastblocks.bench.stock import stock_model
     from fastblocks.cli.classify import class_names
     from fastblocks.cli.photo import preprocess
-    from fastblocks.cli.stock import stock_model
 
     state_dict = load_state_dict(imagenet, NAME)
     model = fastblocks.models.create(NAME).eval()

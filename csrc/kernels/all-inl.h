@@ -5,6 +5,7 @@
 #include "blocks-inl.h"
 #include "conv-inl.h"
 #include "depthwise-inl.h"
+#include "peak-inl.h"
 #include "pointwise-inl.h"
 #include "pool-inl.h"
 #include "product-inl.h"
@@ -33,6 +34,7 @@ inline KernelTable make_table(const char* name) {
   t.global_avg_pool = {pool_prepare, nullptr};
   t.window_pool = {window_pool_prepare, nullptr};
   t.shuffle = {shuffle_prepare, nullptr};
+  t.peak = {peak_prepare, nullptr};
   t.train = train_table();
   return t;
 }

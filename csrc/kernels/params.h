@@ -150,4 +150,12 @@ struct ShuffleParams {
   int64_t block, blocks;
 };
 
+// `steps` multiply-adds in each of a level's chains, once a worker. Set by prepare: the floating point operations of it all.
+struct PeakParams {
+  int64_t steps;
+  float factors[2];
+  float* results;  // one a worker
+  double flops;
+};
+
 }  // namespace fastblocks

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 import fastblocks
+from fastblocks.bench.errors import BenchError
 
 __all__ = ["cli", "run"]
 
@@ -23,6 +24,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         print(f"fastblocks: {' '.join(error.format_message().split())}", file=sys.stderr)
         return error.exit_code
+    except BenchError as error:
+        print(f"fastblocks: {error}", file=sys.stderr)
+        return 2
     except (click.Abort, KeyboardInterrupt):
         return 130
 

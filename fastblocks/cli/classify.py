@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import fastblocks
+from fastblocks.bench.machine import cpu_name
+from fastblocks.bench.stock import stock_model
+from fastblocks.bench.timing import interleaved, speed_up
 from fastblocks.cli.errors import Disagreement, UserError
-from fastblocks.cli.info import cpu_name
 from fastblocks.cli.photo import Photo, default_photo, preprocess, read_photo
-from fastblocks.cli.stock import stock_model
-from fastblocks.cli.timing import interleaved, speed_up
 from fastblocks.models.weights import IMAGENET, WeightsError, load_state_dict
 
 __all__ = ["class_names", "classify"]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 
 import fastblocks
+from fastblocks.bench.machine import cpu_name
 from fastblocks.models.weights import IMAGENET, cached_path
 
-__all__ = ["collect", "cpu_name"]
+__all__ = ["collect"]
 
 
 def collect() -> dict[str, Any]:
@@ -27,15 +27,3 @@ def collect() -> dict[str, Any]:
         "backend": fastblocks.backend_info(),
         "weights": {name: {"path": str(cached_path(name)), "cached": cached_path(name).exists()} for name in IMAGENET},
     }
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux tells it, else as the platform module does."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name" and value.strip():
-                return value.strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

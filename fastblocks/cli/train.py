@@ -17,8 +17,9 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
 import fastblocks
+from fastblocks.bench.files import replace, replace_text
+from fastblocks.bench.stock import stock_model
 from fastblocks.cli.errors import UserError
-from fastblocks.cli.stock import stock_model
 from fastblocks.cli.training import checkpoint as checkpoints
 from fastblocks.cli.training.data import Data, batches, load_data
 from fastblocks.cli.training.distributed import World, joined
@@ -225,14 +226,14 @@ class _Run:
     def describe(self) -> None:
         """Write the history and the curves."""
         text = json.dumps({"arguments": self.arguments, **self.history}, indent=1)
-        checkpoints.replace(self.folder / "history.json", lambda file: file.write(text.encode()))
+        replace_text(self.folder / "history.json", text)
 
         from fastblocks.cli.training.curves import (
             draw_curves,
         )  # matplotlib takes a while, and only one process needs it
 
         title = f"{self.arguments['model']} ({self.arguments['network']}), {self.data.name}"
-        checkpoints.replace(self.folder / "curves.png", lambda file: draw_curves(self.history, title, file))
+        replace(self.folder / "curves.png", lambda file: draw_curves(self.history, title, file))
 
     def load(self) -> int:
         """Take over the folder's checkpoint; the number of epochs that it holds."""

@@ -1,4 +1,4 @@
-"""Files that are whole at any moment, and the checkpoint among them."""
+"""A training's checkpoint, and the folder that one run at a time writes to."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import io
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from fastblocks.bench.files import replace
 from fastblocks.cli.errors import UserError
 
-__all__ = ["KEYS", "check_same", "load", "owned", "replace", "save"]
+__all__ = ["KEYS", "check_same", "load", "owned", "save"]
 
 KEYS = ("arguments", "epoch", "history", "model", "optimizer", "random_states", "scheduler")
 """The entries of a checkpoint."""
@@ -39,32 +40,6 @@ def owned(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)  # gives the lock back, as the end of the process does
-
-
-def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replace a file by what `write` puts into another one beside it.
-
-    Whoever reads `path`, or stops the machine, finds the old file or the new one. A killed process may leave the other
-    file, whose name ends in ``.part``; the next call takes it over.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written to; the old file stays.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, is on the disk
-    finally:
-        os.close(folder)
 
 
 def save(path: Path, checkpoint: Mapping[str, Any]) -> None:

@@ -1,0 +1,41 @@
+"""Files that are whole at any moment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["replace", "replace_text"]
+
+
+def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Replace a file by what `write` puts into another one beside it.
+
+    Whoever reads `path`, or stops the machine, finds the old file or the new one. A killed process may leave the other
+    file, whose name ends in ``.part``; the next call takes it over.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to; the old file stays.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too, is on the disk
+    finally:
+        os.close(folder)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """The same for a text, in UTF-8."""
+    replace(path, lambda file: file.write(text.encode()))
