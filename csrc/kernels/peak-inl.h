@@ -15,10 +15,14 @@ inline void peak_run(const void* params, int64_t begin, int64_t end, char*) noex
   for (int64_t item = begin; item < end; ++item) {
     const Vec a = broadcast(p.factors[0]), b = broadcast(p.factors[1]);
     Vec sums[kPeakChains];
+#pragma GCC unroll 32
     for (int i = 0; i < kPeakChains; ++i) sums[i] = broadcast((float)(item + i));
-    for (int64_t step = 0; step < p.steps; ++step)
+    for (int64_t step = 0; step < p.steps; ++step) {
+#pragma GCC unroll 32
       for (int i = 0; i < kPeakChains; ++i) sums[i] = sums[i] * a + b;
+    }
     Vec total{};
+#pragma GCC unroll 32
     for (int i = 0; i < kPeakChains; ++i) total += sums[i];
     store_partial(p.results + item, 1, total);  // so that the compiler keeps them
   }
