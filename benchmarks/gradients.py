@@ -9,9 +9,8 @@ what torch's float32 is off by, or by 1e-5.
 
 Two things would make these figures noise, and are taken out:
 
-- Where a value lies at a kink of an activation, float32 may take the other side than float64 does, and one such value
-  outweighs all rounding a thousand times, in torch as here. So the shifts of BatchNorm are moved a little beforehand,
-  such that no value of the float64 pass is near a kink.
+- Where a value lies at a kink of an activation, float32 may take the other side than float64 does. `kinks.py` moves the
+  shifts of BatchNorm such that none does.
 - The shift of a BatchNorm that a 1x1 convolution and another BatchNorm follow has no effect: its gradient is zero but
   for rounding. Its error is taken over the norm of the gradient of the same BatchNorm's scale.
 """
@@ -23,31 +22,19 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from kinks import away_from_kinks
 from rich.console import Console
+from shapes import MODELS
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from training import State, fresh_state, ours, slim_table, stock, wide_console
+from training import State, batch_of, fresh_state, ours, scale, slim_table, stock, wide_console
 
-MODELS = ("mobilenet_v1", "mobilenet_v2", "shufflenet_v1_g3", "shufflenet_v2_x1_0")
-CLASSES = 1000
 TIMES_TORCH, FLOOR = 2.0, 1e-5  # the bar: so many times torch's error, or so much
-VANISHING = 1e-9  # a shift's gradient below this part of the scale's is zero
-FURTHEST_MOVE, MOVES = 0.1, 401  # how far a shift of BatchNorm may be moved, and how many places are tried
 SHOWN = 5  # parameters in each table
-
-KINKS: dict[Callable[..., Any], tuple[float, ...]] = {
-    F.relu: (0.0,),
-    F.relu_: (0.0,),
-    torch.relu_: (0.0,),
-    F.relu6: (0.0, 6.0),
-    F.hardtanh: (0.0, 6.0),  # which nn.ReLU6 calls
-}
 
 
 class Row(NamedTuple):
@@ -69,50 +56,6 @@ class Row(NamedTuple):
         return share if share == share else float("inf")
 
 
-class AwayFromKinks(TorchFunctionMode):
-    """Moves each BatchNorm's shift during a pass, such that what the next activation gets is not near its kinks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shift = torch.empty(0)
-        self.margin = float("inf")
-        """How near the nearest value is."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is F.batch_norm:
-            self.shift = kwargs["bias"]
-        elif function in KINKS:
-            self._move(args[0], KINKS[function])
-        return function(*args, **(kwargs or {}))
-
-    def _move(self, x: Tensor, kinks: tuple[float, ...]) -> None:
-        """Add the best of some moves, a channel each, to `x` and to the shift that is in it."""
-        values = x.transpose(0, 1).flatten(1).sort(1).values
-        moves = torch.linspace(-FURTHEST_MOVE, FURTHEST_MOVE, MOVES, dtype=x.dtype)
-        margins = torch.stack([_distance(values, kink - moves) for kink in kinks]).amin(0)
-        best, place = margins.max(1)
-        moved = (self.shift + moves[place]).float().to(x.dtype)  # a number that float32 has, too
-        x += (moved - self.shift).view(1, -1, 1, 1)
-        self.shift.copy_(moved)
-        self.margin = min(self.margin, best.min().item())
-
-
-def _distance(values: Tensor, points: Tensor) -> Tensor:
-    """How far each point is from the nearest of each row's values, which are sorted."""
-    points = points.expand(len(values), -1).contiguous()
-    above = torch.searchsorted(values, points)
-    near = [values.gather(1, (above - back).clamp(0, values.shape[1] - 1)) for back in (0, 1)]
-    return torch.minimum((near[0] - points).abs(), (near[1] - points).abs())
-
-
-def away_from_kinks(state: State, x: Tensor) -> tuple[State, float]:
-    """The weights with shifts moved away from kinks for this batch, and how near the nearest value is."""
-    model = stock(state).double()
-    with torch.no_grad(), AwayFromKinks() as mode:
-        model(x.double())
-    return {key: v.float() if v.is_floating_point() else v for key, v in model.state_dict().items()}, mode.margin
-
-
 def gradients(model: nn.Module, x: Tensor, target: Tensor) -> State:
     """The gradients of the input and of all parameters, in float64."""
     x = x.clone().requires_grad_()
@@ -121,25 +64,16 @@ def gradients(model: nn.Module, x: Tensor, target: Tensor) -> State:
     return {name: tensor.grad.double() for name, tensor in tensors.items() if tensor.grad is not None}
 
 
-def _scale(truth: State, name: str) -> tuple[float, bool]:
-    """What an error is taken over, and whether the gradient itself vanishes."""
-    norm = truth[name].norm().item()
-    sibling = truth.get(name.removesuffix(".bias") + ".weight", truth[name]).norm().item()
-    return (sibling, True) if norm < VANISHING * sibling else (norm, False)
-
-
 def one_seed(name: str, seed: int, batch: int, resolution: int) -> tuple[dict[str, tuple[float, float, bool]], float]:
     """For each parameter: the errors of fastblocks and torch, and whether the gradient vanishes. And the margin."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, 3, resolution, resolution, generator=generator)
-    target = torch.randint(CLASSES, (batch,), generator=generator)
+    x, target = batch_of(batch, resolution, seed)
     state, margin = away_from_kinks(fresh_state(name, seed), x)
     truth = gradients(stock(state).double(), x.double(), target)
     found = [gradients(model, x, target) for model in (ours(name, state), stock(state))]
     errors = {}
     for parameter, exact in truth.items():
-        scale, vanishing = _scale(truth, parameter)
-        ours_error, torch_error = ((side[parameter] - exact).norm().item() / scale for side in found)
+        size, vanishing = scale(truth, parameter)
+        ours_error, torch_error = ((side[parameter] - exact).norm().item() / size for side in found)
         errors[parameter] = (ours_error, torch_error, vanishing)
     return errors, margin
 

@@ -1,4 +1,4 @@
-"""The most memory that a process has in use while something goes on: `rss.py PID`, a peer as in `peers.py`.
+"""The most memory that a process has in use while something goes on: `rss.py PID`, a `fastblocks.bench.process.Peer`.
 
 It is a process of its own, as a thread of the one that is looked at would wait for the GIL. The kernel's own maximum
 (VmHWM) would not do, for it also remembers what was before, compilation for instance.

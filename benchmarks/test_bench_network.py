@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from shapes import CONTENDERS, NETWORKS, Shape, ids, only_when_asked, run_benchmark, threads
+from contenders import CONTENDERS
+from rows import FULL, THREADS, Row, count, run_inference
+from shapes import NETWORKS, Shape, ids
 
-__all__ = ["only_when_asked", "threads"]  # fixtures
+pytest_plugins = ["bench_plugin"]
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("threads", THREADS, ids=lambda n: count("thread", n))
+@pytest.mark.parametrize("batch", (1, 8) if FULL else (1,), ids=lambda n: f"batch-{n}")
 @pytest.mark.parametrize("shape", NETWORKS, ids=ids)
-@pytest.mark.parametrize("batch", (1, 8), ids=lambda n: f"batch-{n}")
-def test_network(benchmark: Any, shape: Shape, batch: int, threads: int, contender: str) -> None:
-    run_benchmark(benchmark, NETWORKS, Shape, ids, contender, batch, threads)
+def test_network(benchmark: Any, rows: list[Row], shape: Shape, batch: int, threads: int, contender: str) -> None:
+    run_inference(benchmark, rows, shape, contender, batch, threads)

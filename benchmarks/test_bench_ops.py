@@ -1,17 +1,20 @@
-"""Each op in sizes of MobileNetV2, beside torch."""
+"""Each op in sizes of the networks, beside torch."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from shapes import CONTENDERS, FULL, OPS, Shape, ids, only_when_asked, run_benchmark, threads
+from contenders import CONTENDERS
+from rows import FULL, THREADS, Row, count, run_inference
+from shapes import OPS, Shape, ids
 
-__all__ = ["only_when_asked", "threads"]  # fixtures
+pytest_plugins = ["bench_plugin"]
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("threads", THREADS, ids=lambda n: count("thread", n))
 @pytest.mark.parametrize("batch", (1, 8) if FULL else (1,), ids=lambda n: f"batch-{n}")
-@pytest.mark.parametrize("shape", OPS, ids=ids)
-def test_op(benchmark: Any, shape: Shape, batch: int, threads: int, contender: str) -> None:
-    run_benchmark(benchmark, shape, contender, batch, threads)
+@pytest.mark.parametrize("shape", [shape for shape in OPS if shape.quick or FULL], ids=ids)
+def test_op(benchmark: Any, rows: list[Row], shape: Shape, batch: int, threads: int, contender: str) -> None:
+    run_inference(benchmark, rows, shape, contender, batch, threads)

@@ -45,7 +45,6 @@ LABELS = {
 }
 MODES = tuple(mode for mode in LABELS if mode != "fastblocks_tuned")
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
-CLASSES = 1000
 TOLERANCES = {
     "loss": 1e-3,
     "norm": 2e-2,
@@ -63,34 +62,20 @@ def make_step(model: str, mode: str, folder: Path) -> tuple[Step, Callable[[], f
     """What takes one training step and returns its loss, and what gives the norm of all gradients after it."""
     import torch
     import torch._inductor.compile_fx  # brings in Dynamo, too: in memory before the first step, in every process
-    from training import ours, stock
+    from training import contender, step_of
 
     import fastblocks
 
     saved = torch.load(folder / "problem.pt", weights_only=True)
-    images, target = saved["images"], saved["target"]
-    channels_last = mode.endswith("channels_last")
     if mode.startswith("fastblocks"):
         fastblocks.use_backend("numba" if mode == "fastblocks_numba" else "native")
-        network = ours(model, saved["state"])
-    else:
-        network = stock(saved["state"], torch.channels_last if channels_last else torch.contiguous_format)
-    if channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    run = torch.compile(network) if mode.startswith("compile") else network
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
-
-    def step() -> torch.Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = torch.nn.functional.cross_entropy(run(images), target)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+        mode = "fastblocks"
+    network, run, images = contender(model, mode, saved["state"], saved["images"])
 
     def norm() -> float:
         return math.hypot(*(p.grad.norm().item() for p in network.parameters() if p.grad is not None))
 
-    return step, norm
+    return step_of(network, run, images, saved["target"]), norm
 
 
 def timed(step: Step, steps: int) -> dict[str, float]:
@@ -125,11 +110,9 @@ def serve(model: str, mode: str, folder: Path, threads: int) -> None:
 def prepare(model: str, batch: int, resolution: int, folder: Path) -> dict[str, float]:
     """Write weights and batch to the folder; the first step's loss and norm in plain torch."""
     import torch
-    from training import fresh_state
+    from training import batch_of, fresh_state
 
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 3, resolution, resolution, generator=generator)
-    target = torch.randint(CLASSES, (batch,), generator=generator)
+    images, target = batch_of(batch, resolution)
     problem = {"state": fresh_state(model), "images": images, "target": target}
     torch.save(problem, folder / "problem.pt")
     step, norm = make_step(model, "eager", folder)

@@ -42,7 +42,7 @@ for number, line in enumerate(sys.stdin):
 
 @pytest.fixture
 def fake_workers(tmp_path, monkeypatch):
-    """Contenders that answer what the test says: times by peer in turn, errors by peer, and who crashes in round two."""
+    """Contenders that answer what the test says: times in turn, errors, and who crashes in round two, by peer."""
 
     def install(times, errors=None, crash=()):
         file = tmp_path / "worker.py"

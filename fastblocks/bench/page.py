@@ -15,7 +15,7 @@ __all__ = ["Figure", "Section", "Table", "Text", "render_page"]
 
 
 class Text(NamedTuple):
-    """A paragraph. `kind` is "text", "note" (smaller) or "code"."""
+    """A paragraph. `kind` is "text", "verdict" (bold), "note" (smaller) or "code"."""
 
     text: str
     kind: str = "text"
@@ -24,12 +24,13 @@ class Text(NamedTuple):
 class Table(NamedTuple):
     """Rows of cells under headings; the first column is text, the others stand to the right.
 
-    `strong` has the numbers of the rows to set in bold.
+    `strong` has the numbers of the rows to set in bold. A table of `words` stands to the left, and its cells wrap.
     """
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     strong: Sequence[int] = ()
+    words: bool = False
 
 
 class Figure(NamedTuple):

@@ -11,6 +11,9 @@ import click
 
 import fastblocks
 from fastblocks.bench.errors import BenchError
+from fastblocks.cli.bench import bench
+from fastblocks.cli.profile import profile
+from fastblocks.cli.study import study
 
 __all__ = ["cli", "run"]
 
@@ -154,3 +157,8 @@ def train(out: str | None, resume: bool, threads: int | None, **settings: Any) -
     from fastblocks.cli.train import train as run_train
 
     run_train(Settings(**settings), out, resume=resume, threads=threads)
+
+
+cli.add_command(bench)
+cli.add_command(study)
+cli.add_command(profile)

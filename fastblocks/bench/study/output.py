@@ -1,0 +1,180 @@
+"""A study as files: JSON, one self-contained page, charts, and a page for docs/."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastblocks.bench.charts import Picture
+from fastblocks.bench.errors import BenchError
+from fastblocks.bench.files import replace_text
+from fastblocks.bench.page import Figure, Section, Table, Text, render_page
+from fastblocks.bench.study.claim import Claim
+from fastblocks.bench.study.run import CLAIMS, FORMAT, verdict
+
+__all__ = ["folder", "read", "write", "write_docs"]
+
+TITLE = "The papers' claims, measured"
+Result = dict[str, Any]
+
+
+def folder(path: str, option: str) -> Path:
+    """A folder that files can be written to, made if there is none.
+
+    Raises:
+        BenchError: it cannot be made or written to.
+    """
+    made = Path(path)
+    try:
+        made.mkdir(parents=True, exist_ok=True)
+        probe = made / ".writable.part"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BenchError(
+            f"{option}: expected a folder that can be written to, got {path!r}: {error.strerror}"
+        ) from error
+    return made
+
+
+def read(path: str) -> Result:
+    """A study from its JSON file, its verdicts made anew from what was measured.
+
+    Raises:
+        BenchError: the file is none of a study.
+    """
+    try:
+        result = json.loads(Path(path).read_text("utf-8"))
+        if result["format"] != FORMAT:
+            raise KeyError("format")
+        for claim, entry in _entries(result):
+            if "error" not in entry:
+                entry |= verdict(claim, entry["measured"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no study's JSON"
+        raise BenchError(f"load: expected the JSON file of an earlier study, got {path!r}: {reason}") from error
+    return result
+
+
+def write(result: Result, out: Path) -> list[Path]:
+    """Write ``study-CPU-torchVERSION-DATE.json`` and ``.html``, and a chart for each claim beside them.
+
+    Returns:
+        The paths, JSON and page first. A study of a few claims has their names in its files' names.
+    """
+    stem = _stem(result)
+    paths = [out / f"{stem}.json", out / f"{stem}.html"]
+    pictures = _pictures(result)
+    replace_text(paths[0], _json(result))
+    replace_text(paths[1], _page(result, pictures))
+    for key, picture in pictures.items():
+        paths += picture.save(out / f"{stem}-{key}")
+    return paths
+
+
+def write_docs(result: Result, docs: Path) -> list[Path]:
+    """Write a page of documentation, ``study.md``, and into ``study/`` the JSON file and charts of stable names."""
+    below = folder(str(docs / "study"), "docs")
+    pictures = _pictures(result)
+    paths = [docs / "study.md", below / "study.json"]
+    replace_text(paths[1], _json(result))
+    for key, picture in pictures.items():
+        paths += picture.save(below / key)
+    replace_text(paths[0], "\n".join(_markdown(result, {key: picture.alt for key, picture in pictures.items()})))
+    return paths
+
+
+def _json(result: Result) -> str:
+    """Indented, but for lists of plain values, each of which has a line."""
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    return re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+
+
+def _entries(result: Mapping[str, Any]) -> Iterator[tuple[Claim, dict[str, Any]]]:
+    for claim in CLAIMS:
+        if claim.key in result["claims"]:
+            yield claim, result["claims"][claim.key]
+
+
+def _stem(result: Mapping[str, Any]) -> str:
+    facts = result["facts"]
+    cpu = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
+    keys = [] if len(result["claims"]) == len(CLAIMS) else list(result["claims"])
+    return "-".join(["study", *keys, cpu, f"{_torch(facts).replace(' ', '')}", facts["date"]])
+
+
+def _pictures(result: Mapping[str, Any]) -> dict[str, Picture]:
+    return {claim.key: claim.picture(entry["measured"]) for claim, entry in _entries(result) if "error" not in entry}
+
+
+def _page(result: Mapping[str, Any], pictures: Mapping[str, Picture]) -> str:
+    facts = result["facts"]
+    sections = [Section("In short", [_overview(result)])]
+    for claim, entry in _entries(result):
+        blocks: list[Text | Table | Figure] = [Text(f"{claim.paper}. {claim.statement}")]
+        if "error" in entry:
+            blocks.append(Text(f"Could not be measured: {entry['error']}"))
+        else:
+            blocks += [Text(_sentence(entry), "verdict"), Figure(pictures[claim.key], claim.caption)]
+            blocks += claim.tables(entry["measured"])
+        blocks.append(Text(f"How: {claim.method}", "note"))
+        sections.append(Section(claim.title, blocks))
+    subtitle = f"{_machine(facts)}, {_torch(facts)}, {facts['date']}; medians of interleaved rounds"
+    return render_page(TITLE, subtitle, sections, facts)
+
+
+def _machine(facts: Mapping[str, Any]) -> str:
+    return f"{facts.get('machine', facts['cpu'])}, {facts['threads']} thread{'s' * (facts['threads'] != 1)}"
+
+
+def _torch(facts: Mapping[str, Any]) -> str:
+    return f"torch {facts['torch'].partition('+')[0]}"  # without the build tag
+
+
+def _overview(result: Mapping[str, Any]) -> Table:
+    rows = [
+        (claim.title, "could not be measured", "", "")
+        if "error" in entry
+        else (claim.title, entry["outcome"], entry["paper_says"], entry["found"])
+        for claim, entry in _entries(result)
+    ]
+    return Table(("claim", "verdict", "the papers", "here"), rows, words=True)
+
+
+def _sentence(entry: Mapping[str, Any]) -> str:
+    return f"{entry['outcome'].capitalize()}: {entry['because']}."
+
+
+def _markdown(result: Mapping[str, Any], alts: Mapping[str, str]) -> Iterator[str]:
+    facts = result["facts"]
+    yield f"# {TITLE}\n"
+    yield (f"Measured on {facts['date']}: {_machine(facts)}, {_torch(facts)}, fastblocks {facts['fastblocks']}.")
+    yield "Medians of interleaved rounds. `fastblocks study` measures the same on your machine; this page, its numbers"
+    yield "and its charts were written by it.\n"
+    yield from _markdown_table(_overview(result))
+    for claim, entry in _entries(result):
+        yield f"## {claim.title}\n"
+        yield f"{claim.paper}. {claim.statement}\n"
+        if "error" in entry:
+            yield f"Could not be measured: {entry['error']}\n"
+            continue
+        yield f"**{entry['outcome'].capitalize()}:** {entry['because']}.\n"
+        yield "<picture>"
+        yield f'  <source media="(prefers-color-scheme: dark)" srcset="study/{claim.key}-dark.png">'
+        yield f'  <img src="study/{claim.key}-light.png" alt="{alts[claim.key]}">'
+        yield "</picture>\n"
+        yield f"{claim.caption}\n"
+        for table in claim.tables(entry["measured"]):
+            yield from _markdown_table(table)
+        yield f"How: {claim.method}\n"
+
+
+def _markdown_table(table: Table) -> Iterator[str]:
+    yield f"| {' | '.join(table.headings)} |"
+    yield f"|---|{('---|' if table.words else '---:|') * (len(table.headings) - 1)}"
+    for row in table.rows:
+        yield f"| {' | '.join(row)} |"
+    yield ""
