@@ -314,18 +314,19 @@ inline void block_slices_run(const void* params, int64_t begin, int64_t end, cha
   const Hidden layout(p);
   const DepthwiseRowFunction pair = depthwise_row_function(p.kernel, p.stride, 1, true);
   const DepthwiseRowFunction other = depthwise_row_function(p.kernel, p.stride, 1, false);
-  const int64_t slices = layout.count(), items = slices + p.pool_items;
+  const int64_t slices = layout.count() * p.slice_parts, items = slices + p.pool_items;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t image = item / items, panel = item % items;
+    const int64_t image = item / items, rest = item % items;
     float* hidden = shared.hidden + image * p.out_height * p.out_width * p.hidden_stride;
-    if (panel >= slices) {
-      const int64_t part = panel - slices;
+    if (rest >= slices) {
+      const int64_t part = rest - slices;
       block_average(p, image, part * p.out_height / p.pool_items, (part + 1) * p.out_height / p.pool_items);
     } else {
-      const int64_t lanes = layout.lanes(panel);
+      const int64_t panel = rest / p.slice_parts, part = rest % p.slice_parts, lanes = layout.lanes(panel);
+      const int64_t from = part * p.out_height / p.slice_parts, to = (part + 1) * p.out_height / p.slice_parts;
       clear_ring(p, s.ring, lanes);
-      block_slice(p, shared, s, lanes == kPanelVectors * kLanes ? pair : other, image, panel, s.ring, 0, p.out_height, 0,
-                  hidden);
+      block_slice(p, shared, s, lanes == kPanelVectors * kLanes ? pair : other, image, panel, s.ring, from, to, 0,
+                  hidden + from * p.out_width * p.hidden_stride);
     }
   }
 }
@@ -360,6 +361,14 @@ FASTBLOCKS_INLINE void choose_rows(BlockParams& p, bool slices) {
   p.step_rows = divide_up(limit, divide_up(limit, step));
 }
 
+// Into how many bands of rows the slices are cut: into 2 where that evens out few slices over the threads, though the rows at
+// the seam are then expanded twice.
+FASTBLOCKS_INLINE int64_t slice_parts(const BlockParams& p, int64_t slices, int threads) {
+  const int64_t whole = divide_up(slices, threads) * 2 * p.out_height;
+  const int64_t halves = divide_up(2 * slices, threads) * (p.out_height + (p.expand_weight ? p.kernel - p.stride : 0));
+  return p.out_height > 1 && halves < whole - whole / 16 ? 2 : 1;
+}
+
 inline void block_prepare(void* params, int threads, Work* work) {
   BlockParams& p = *static_cast<BlockParams*>(params);
   const Hidden layout(p);
@@ -382,8 +391,9 @@ inline void block_prepare(void* params, int threads, Work* work) {
                 &p.pixel_blocks, &p.panel_block, &p.panel_blocks);
     p.panel_block *= unit;
     p.pool_items = p.pooled.data ? threads : 0;
+    p.slice_parts = slice_parts(p, p.images * layout.count(), threads);
     work->count = 2;
-    work->phases[0] = {block_slices_run, &p, p.images * (layout.count() + p.pool_items)};
+    work->phases[0] = {block_slices_run, &p, p.images * (layout.count() * p.slice_parts + p.pool_items)};
     work->phases[1] = {block_project_run, &p, p.images * p.pixel_blocks * p.panel_blocks};
     // interleaving reads whole vectors
     floats += p.images * p.out_height * p.out_width * p.hidden_stride + 16;

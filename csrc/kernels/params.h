@@ -117,7 +117,8 @@ struct BlockParams {
   float* shared;
   // set by prepare
   bool fold_expand, fold_project;
-  int64_t bands, chunk_rows, step_rows, hidden_stride, pixel_block, pixel_blocks, panel_block, panel_blocks, pool_items;
+  int64_t bands, chunk_rows, step_rows, hidden_stride, pixel_block, pixel_blocks, panel_block, panel_blocks, pool_items,
+      slice_parts;
 };
 
 struct PoolParams {

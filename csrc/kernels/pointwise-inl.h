@@ -53,26 +53,31 @@ inline void pointwise_run(const void* params, int64_t begin, int64_t end, char* 
   }
 }
 
-// Cuts the product into items: pixel blocks whose operand stays in L2, and panels where there are too few pixels. Of the panel
-// counts that share the work evenly, the largest that leaves three items a thread.
+// Cuts the product into items: pixel blocks whose operand stays in L2, and panels. Of the cuts that keep all threads busy to
+// the end, the one with the fewest pixel blocks, and then the largest items that leave three a thread.
 inline void cut_product(int64_t pixels, int64_t depth, int64_t panel_count, int threads, int64_t* pixel_block,
                         int64_t* pixel_blocks, int64_t* panel_block, int64_t* panel_blocks) {
-  const int64_t cache_floats = 48 * 1024;
-  int64_t block = larger(cache_floats / larger(depth, 1), 64);
-  block = smaller(block, pixels);
-  *pixel_blocks = divide_up(pixels, block);
-  *pixel_block = divide_up(pixels, *pixel_blocks);
-  *panel_block = panel_count;
-  if (threads > 1) {
-    int64_t least = INT64_MAX;
-    for (int64_t panels = 1; panels <= panel_count; ++panels) {
-      const int64_t items = *pixel_blocks * divide_up(panel_count, panels);
-      const int64_t load = divide_up(items, threads) * panels;
-      if (load > least || (panels > 1 && items < 3 * (int64_t)threads)) continue;
-      least = load;
-      *panel_block = panels;
+  const int64_t cache_floats = 48 * 1024, tile = max_tile_pixels(kPanelVectors), between_tiles = 2;
+  const int64_t block = smaller(larger(cache_floats / larger(depth, 1), 64), pixels);
+  const int64_t fewest = larger(1, divide_up(pixels, larger(block, 1)));
+  const int64_t most = threads > 1 ? larger(fewest, smaller(fewest + threads, pixels / tile)) : fewest;
+  int64_t least = INT64_MAX;
+  for (int64_t blocks = fewest; blocks <= most; ++blocks) {
+    const int64_t rows = divide_up(pixels, blocks), cost = rows + between_tiles * divide_up(rows, tile);
+    int64_t found = INT64_MAX, panels = panel_count;
+    for (int64_t each = 1; threads > 1 && each <= panel_count; ++each) {
+      const int64_t items = blocks * divide_up(panel_count, each);
+      const int64_t load = divide_up(items, threads) * each * cost;
+      if (load > found || (each > 1 && items < 3 * (int64_t)threads)) continue;
+      found = load;
+      panels = each;
     }
+    if (blocks > fewest && found >= least - least / 32) continue;  // weights are read again for each block
+    least = found;
+    *pixel_blocks = blocks;
+    *panel_block = panels;
   }
+  *pixel_block = divide_up(pixels, *pixel_blocks);
   *panel_blocks = divide_up(panel_count, *panel_block);
 }
 

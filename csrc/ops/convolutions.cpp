@@ -142,9 +142,13 @@ class Linear : public CallOf<PointwiseParams> {
   }
   Value bind(const Value& input) override {
     TensorView v = input.view;
-    require(input.tensor && v.dims == 2 && weight_.size[1] == v.size[1], "fastblocks._C: input and weight do not fit");
+    // Behind a pooling, in a chain, vectors are still images of one pixel.
+    const bool vectors = input.tensor ? v.dims == 2 : v.dims == 4 && v.size[2] == 1 && v.size[3] == 1;
+    require(vectors && weight_.size[1] == v.size[1], "fastblocks._C: input and weight do not fit");
     const int64_t rows = v.size[0], c = v.size[1];
-    if ((c > 1 && v.stride[1] != 1) || (rows > 1 && v.stride[0] < c)) {
+    if (!input.tensor) {
+      v = {nullptr, 2, {rows, c, 1, 1}, {c, 1, 1, 1}};
+    } else if ((c > 1 && v.stride[1] != 1) || (rows > 1 && v.stride[0] < c)) {
       x_.owner = contiguous(input.tensor);
       v = fastblocks::view(x_.owner.get());
     }
@@ -154,7 +158,10 @@ class Linear : public CallOf<PointwiseParams> {
     out.view = {nullptr, 2, {rows, p_.out_channels, 1, 1}, {p_.out_channels, 1, 1, 1}};
     return out;
   }
-  void place(float*, float* output) override { p_.out = output; }
+  void place(float* input, float* output) override {
+    if (input) p_.x = input;
+    p_.out = output;
+  }
   void steps(std::vector<Step>& to) override {
     if (p_.pixels > 0 && p_.out_channels > 0) to.push_back({&kernels().pointwise, &p_});
   }

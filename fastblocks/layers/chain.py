@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -12,6 +13,7 @@ from fastblocks.functional import site
 from fastblocks.layers import train
 from fastblocks.layers.base import Fused
 from fastblocks.layers.fuse import HasSites, Unit, hooks_of, watched
+from fastblocks.layers.head import POOL, Classifier, Linear, global_avg_pool
 from fastblocks.layers.train import layer_reason
 
 
@@ -27,8 +29,11 @@ def _runs_its_op_alone(layer: Any) -> bool:
     return plain and _called_plainly(layer)
 
 
-def _joined(owner: nn.Module, children: Iterable[Any]) -> site.Site | None:
-    """The layers that these children of `owner` are, as one site. A `Sequential` among them stands for its layers."""
+def _joined(owner: nn.Module, children: Iterable[Any], classifier: Any = None) -> site.Site | None:
+    """The layers that these children of `owner` are, as one site. A `Sequential` among them stands for its layers.
+
+    Behind them, with a `classifier`, come global average pooling and that child.
+    """
     containers: list[nn.Module] = []
     layers: list[Any] = []
     for child in children:
@@ -40,8 +45,12 @@ def _joined(owner: nn.Module, children: Iterable[Any]) -> site.Site | None:
     if len(layers) < 2 or not all(map(_runs_its_op_alone, layers)):
         return None
     tables = tuple(module._modules for module in (owner, *containers))
-    states = [module.__dict__ for module in (*containers, *layers)]
-    return site.chain([layer.__dict__ for layer in layers], site.Modules(tables, states, hooks_of(states)))
+    head = () if classifier is None else (classifier,)
+    if not all(type(module) in (Classifier, Linear) and _called_plainly(module) for module in head):
+        return None
+    states = [module.__dict__ for module in (*containers, *layers, *head)]
+    sites = [layer.__dict__ for layer in layers] + [state for module in head for state in (POOL, module.__dict__)]
+    return site.chain(sites, site.Modules(tables, states, hooks_of(states)))
 
 
 def _flat(children: Iterable[Any]) -> list[Any]:
@@ -125,6 +134,23 @@ def run_in_a_row(owner: nn.Module, names: Iterable[str], x: Any) -> Any:
     return x
 
 
+def classify(owner: nn.Module, names: Iterable[str], classifier: nn.Module, x: Any) -> Any:
+    """Children of `owner` in a row, global average pooling and its classifier, a child too: in one go where that may be.
+
+    Where gradients could be recorded, the three run one after the other.
+    """
+    alone = is_compiling() or torch.is_grad_enabled()
+    network = None if alone else owner.__dict__.get("_network")
+    if network is not None:
+        result = network(x)
+        if result is not None:
+            return result
+    result = classifier(global_avg_pool(run_in_a_row(owner, names, x)))
+    if not alone:
+        owner.__dict__["_network"] = _joined(owner, [owner._modules[name] for name in names], classifier)
+    return result
+
+
 class Sequential(HasSites, nn.Sequential):
     """An nn.Sequential whose fused layers run in one go where they may.
 
@@ -154,3 +180,7 @@ class Trunk(HasSites, nn.Module):
     def trunk(self, x: Any) -> Any:
         """Run the named children."""
         return run_in_a_row(self, self.TRUNK, x)
+
+    def classify(self, classifier: nn.Module, x: Any) -> Any:
+        """Run the named children, global average pooling and a classifier."""
+        return classify(self, self.TRUNK, classifier, x)

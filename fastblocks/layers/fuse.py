@@ -42,11 +42,15 @@ _SIX = (0.0, 6.0)
 _NONE: Place = ({"": None}, "")
 
 
+SITES = ("_site", "_chain", "_network")
+"""Entries of a module's ``__dict__`` that remember calls."""
+
+
 class HasSites:
     """A module with call sites in its ``__dict__``; they stay behind when it is copied or pickled."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_site", "_chain")}
+        return {name: value for name, value in self.__dict__.items() if name not in SITES}
 
 
 class Unit(NamedTuple):

@@ -14,7 +14,8 @@ from fastblocks.layers.conv import sliced
 from fastblocks.layers.fuse import HasSites, global_hooks, hooks_of, input_reason, tensors_reason, watched
 
 _TYPES = [nn.Dropout, nn.Linear]
-_pool: site.Site | None = None
+POOL: dict[str, Any] = {"_site": None}
+"""The call site of the pooling, where a chain looks for it."""
 
 
 def global_avg_pool(x: Any) -> Any:
@@ -25,8 +26,8 @@ def global_avg_pool(x: Any) -> Any:
         >>> global_avg_pool(torch.ones(2, 3, 7, 7)).shape
         torch.Size([2, 3])
     """
-    global _pool
-    y = None if is_compiling() or _pool is None else _pool(x)
+    call = None if is_compiling() else POOL["_site"]
+    y = None if call is None else call(x)
     if y is None:
         if input_reason(x) is not None or x.dim() != 4:
             y = F.adaptive_avg_pool2d(x, (1, 1))
@@ -34,7 +35,7 @@ def global_avg_pool(x: Any) -> Any:
             y = functional.global_avg_pool(x)
         else:
             y = site.check_and_call("global_avg_pool", (x,), (x,))
-            _pool = site.make("global_avg_pool", x, (), site.Modules(), any_channels=True)
+            POOL["_site"] = site.make("global_avg_pool", x, (), site.Modules(), any_channels=True)
     return y.flatten(1)
 
 

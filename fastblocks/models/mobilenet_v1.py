@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastblocks.layers import ConvBNAct, DepthwiseSeparableConv, Sequential
+from fastblocks.layers.chain import Trunk
 from fastblocks.layers.conv import positive
-from fastblocks.layers.head import Classifier, global_avg_pool
+from fastblocks.layers.head import Classifier
 from fastblocks.models.common import channels_last, check_weights, initialise, load, multiplier, round_channels, variant
 from fastblocks.models.registry import register
 
@@ -18,7 +19,7 @@ BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6}
 
 
-class MobileNetV1(nn.Module):
+class MobileNetV1(Trunk):
     """MobileNet; `mobilenet_v1` builds it.
 
     The children are ``features``, a stem and thirteen `fastblocks.DepthwiseSeparableConv`, and ``classifier``.
@@ -32,6 +33,8 @@ class MobileNetV1(nn.Module):
     Shape:
         ``(N, 3, H, W)`` to ``(N, num_classes)``.
     """
+
+    TRUNK = ("features",)
 
     def __init__(
         self, num_classes: int = 1000, width_mult: float = 1.0, activation: str = "relu6", dropout: float = 0.001
@@ -55,7 +58,7 @@ class MobileNetV1(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``."""
-        result: Tensor = self.classifier(global_avg_pool(self.features(x)))
+        result: Tensor = self.classify(self.classifier, x)
         return result
 
 

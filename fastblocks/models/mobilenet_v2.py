@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastblocks.layers import ConvBNAct, InvertedResidual, Sequential
+from fastblocks.layers.chain import Trunk
 from fastblocks.layers.conv import positive
-from fastblocks.layers.head import Classifier, global_avg_pool
+from fastblocks.layers.head import Classifier
 from fastblocks.models.common import channels_last, check_weights, initialise, load, multiplier, round_channels, variant
 from fastblocks.models.registry import register
 
@@ -17,7 +18,7 @@ STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3,
 """Rows of the paper's table 2: expansion, output channels, repeats, stride of the first."""
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Trunk):
     """MobileNetV2 with torchvision's ``state_dict`` keys and shapes; `mobilenet_v2` builds it.
 
     Args:
@@ -30,6 +31,8 @@ class MobileNetV2(nn.Module):
     Shape:
         ``(N, 3, H, W)`` to ``(N, num_classes)``.
     """
+
+    TRUNK = ("features",)
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``."""
-        result: Tensor = self.classifier(global_avg_pool(self.features(x)))
+        result: Tensor = self.classify(self.classifier, x)
         return result
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastblocks.layers import ConvBNAct, MaxPool2d, Sequential, ShuffleUnit
 from fastblocks.layers.chain import Trunk
 from fastblocks.layers.conv import positive
-from fastblocks.layers.head import Linear, global_avg_pool
+from fastblocks.layers.head import Linear
 from fastblocks.models.common import channels_last, check_weights, initialise, load, multiplier, variant
 from fastblocks.models.registry import register
 
@@ -115,7 +115,7 @@ class ShuffleNetV1(Trunk):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``."""
-        result: Tensor = self.fc(global_avg_pool(self.trunk(x)))
+        result: Tensor = self.classify(self.fc, x)
         return result
 
 

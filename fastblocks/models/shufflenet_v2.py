@@ -11,7 +11,7 @@ from fastblocks.layers import ConvBNAct, MaxPool2d, PointwiseConvBNAct, ShuffleU
 from fastblocks.layers import Sequential as Layers
 from fastblocks.layers.chain import Trunk
 from fastblocks.layers.conv import positive
-from fastblocks.layers.head import Linear, global_avg_pool
+from fastblocks.layers.head import Linear
 from fastblocks.models.common import channels_last, check_weights, initialise, load
 from fastblocks.models.registry import register
 
@@ -59,7 +59,7 @@ class ShuffleNetV2(Trunk):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``."""
-        result: Tensor = self.fc(global_avg_pool(self.trunk(x)))
+        result: Tensor = self.classify(self.fc, x)
         return result
 
 
