@@ -141,6 +141,26 @@ std::unique_ptr<Call> make_call(PyObject* function, PyObject* const* args, Py_ss
   return nullptr;
 }
 
+namespace {
+
+// A convolution whose only reader is a block that begins with its depthwise convolution is computed there, row by row, and its
+// output (a network's largest tensor) never exists.
+void absorb_stem(const std::vector<Step>& steps) {
+  for (size_t i = 0; i + 1 < steps.size(); ++i) {
+    if (steps[i].op != &kernels().conv || steps[i + 1].op != &kernels().block) continue;
+    auto* conv = static_cast<ConvParams*>(steps[i].params);
+    auto* block = static_cast<BlockParams*>(steps[i + 1].params);
+    const bool reads_it = block->x.data == conv->out.data && block->in_channels == conv->out_channels;
+    if (!reads_it || block->expand_weight || block->groups != 1 || block->residual.data || block->other.data ||
+        block->pooled.data)
+      continue;
+    conv->absorbed = true;
+    block->stem = conv;
+  }
+}
+
+}  // namespace
+
 Ref run_calls(const std::vector<std::unique_ptr<Call>>& calls, PyObject* input, const Fits& fits) {
   Value value{view(input), input, {}};
   // Each output takes the memory of the last but one, which nobody reads any more.
@@ -160,6 +180,7 @@ Ref run_calls(const std::vector<std::unique_ptr<Call>>& calls, PyObject* input, 
     calls[i]->place(i > 0 ? slabs[(i - 1) % 2]->floats() : nullptr, i < last ? slabs[i % 2]->floats() : out.data());
   std::vector<Step> steps;
   for (const auto& call : calls) call->steps(steps);
+  absorb_stem(steps);
   run_steps(steps);
   return out.tensor();
 }

@@ -14,6 +14,7 @@
 // begins.
 #pragma once
 
+#include "conv-inl.h"
 #include "depthwise-inl.h"
 #include "pointwise-inl.h"
 #include "pool-inl.h"
@@ -65,6 +66,9 @@ FASTBLOCKS_INLINE BlockShared block_shared(const BlockParams& p, int64_t* floats
 
 FASTBLOCKS_INLINE int64_t ring_rows(const BlockParams& p) { return (p.step_rows - 1) * p.stride + p.kernel; }
 
+// Whether the depthwise convolution reads what the block has made itself, in a ring.
+FASTBLOCKS_INLINE bool expands(const BlockParams& p) { return p.expand_weight || p.stem; }
+
 FASTBLOCKS_INLINE bool by_slices(const BlockParams& p) { return p.bands == 0; }
 
 // The left operand of a projection behind a shuffle is laid out anew, so many pixels at a time; so are results that are to be
@@ -81,6 +85,7 @@ struct BlockScratch {
   const float** input_rows;  // kernel rows of one output row
   int64_t* ring_offsets;     // of the pixels of an expansion
   float *ring, *hidden, *gathered, *result;
+  ConvScratch stem;  // where there is one
 };
 
 FASTBLOCKS_INLINE BlockScratch block_scratch(const BlockParams& p, char* memory, size_t* bytes) {
@@ -92,15 +97,32 @@ FASTBLOCKS_INLINE BlockScratch block_scratch(const BlockParams& p, char* memory,
   const int64_t lanes = by_slices(p) ? kMaxPanelVectors * kLanes : Hidden(p).padded();
   const int64_t chunk_pixels = by_slices(p) ? p.pixel_block : p.chunk_rows * p.out_width;
   s.ring = next;
-  if (by_slices(p) || p.expand_weight) next += round_up(ring_rows(p) * row_pixels * lanes, 16);
+  if (by_slices(p) || expands(p)) next += round_up(ring_rows(p) * row_pixels * lanes, 16);
   s.hidden = next;
   if (!by_slices(p)) next += chunk_pixels * p.hidden_stride + 16;
   s.gathered = next + 16;  // interleaving begins a little before
   if (p.groups > 1) next += chunk_pixels * gathered_stride(p) + 2 * 16 + kMostStreams * kLanes;
   s.result = next;
   if (p.other.data) next += shuffle_pixels(p.out_channels) * round_up(p.out_channels, kLanes) + 16;
-  *bytes = (char*)next - memory;
+  *bytes = round_up((char*)next - memory, 64);
+  if (p.stem) {
+    size_t more;
+    s.stem = conv_scratch(*p.stem, memory + *bytes, &more);
+    *bytes += more;
+  }
   return s;
+}
+
+// Rows [iy_begin, iy_end) of one panel of the block's input, made from the image.
+inline void block_stem(const BlockParams& p, const BlockScratch& s, int64_t image, int64_t panel, float* ring, int64_t iy_begin,
+                       int64_t iy_end) {
+  const Hidden hidden(p);
+  const int64_t lanes = hidden.lanes(panel), rows = ring_rows(p), row_pixels = p.width + 2 * p.padding;
+  ring += p.padding * lanes - hidden.first(panel);
+  int64_t next = 0;
+  for (int64_t iy = iy_begin; iy < iy_end; ++iy)
+    next = conv_output_row(*p.stem, s.stem, image, iy, next, panel, panel + 1,
+                           {ring + iy % rows * row_pixels * lanes, lanes, nullptr}, true);
 }
 
 // A slice of a map without an expansion: the input's own channels take their place in the ring. Read where they are, the
@@ -125,6 +147,7 @@ inline void block_copy(const BlockParams& p, int64_t image, int64_t panel, float
 // product each; narrow ones go together, with a table of destinations, so that tiles cross from row to row.
 inline void block_expand(const BlockParams& p, const BlockShared& shared, const BlockScratch& s, int64_t image, int64_t panel,
                          float* ring, int64_t iy_begin, int64_t iy_end) {
+  if (p.stem) return block_stem(p, s, image, panel, ring, iy_begin, iy_end);
   if (!p.expand_weight) return block_copy(p, image, panel, ring, iy_begin, iy_end);
   const Hidden hidden(p);
   const GroupedProduct product = block_expansion(p);
@@ -268,7 +291,8 @@ inline void block_bands_run(const void* params, int64_t begin, int64_t end, char
   const int64_t row_pixels = p.width + 2 * p.padding, out_panels = block_projection(p).panels();
   const DepthwiseRowFunction pair = depthwise_row_function(p.kernel, p.stride, 1, true);
   const DepthwiseRowFunction other = depthwise_row_function(p.kernel, p.stride, 1, false);
-  if (p.expand_weight) {
+  if (p.stem) conv_clear(s.stem);
+  if (expands(p)) {
     float* ring = s.ring;
     for (int64_t panel = 0; panel < layout.count(); ++panel) ring = clear_ring(p, ring, layout.lanes(panel));
   }
@@ -278,7 +302,7 @@ inline void block_bands_run(const void* params, int64_t begin, int64_t end, char
     int64_t expanded = 0;  // input rows below this one are in the ring, or no longer needed
     for (int64_t oy = from; oy < to; oy += p.chunk_rows) {
       const int64_t oy_end = smaller(to, oy + p.chunk_rows);
-      if (p.expand_weight) {
+      if (expands(p)) {
         float* ring = s.ring;
         for (int64_t panel = 0; panel < layout.count(); ++panel) {
           const int64_t lanes = layout.lanes(panel);
@@ -294,7 +318,7 @@ inline void block_bands_run(const void* params, int64_t begin, int64_t end, char
       if (p.pooled.data) block_average(p, image, oy, oy_end);
       // The rows of the next chunk come nearer while this one is projected.
       Range soon{};
-      if (oy_end < to) {
+      if (oy_end < to && !p.stem) {
         int64_t now_begin, now_end, next_begin, next_end;
         input_rows(p, oy, oy_end, &now_begin, &now_end);
         input_rows(p, oy_end, smaller(to, oy_end + p.chunk_rows), &next_begin, &next_end);
@@ -314,6 +338,7 @@ inline void block_slices_run(const void* params, int64_t begin, int64_t end, cha
   const Hidden layout(p);
   const DepthwiseRowFunction pair = depthwise_row_function(p.kernel, p.stride, 1, true);
   const DepthwiseRowFunction other = depthwise_row_function(p.kernel, p.stride, 1, false);
+  if (p.stem) conv_clear(s.stem);
   const int64_t slices = layout.count() * p.slice_parts, items = slices + p.pool_items;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / items, rest = item % items;
@@ -352,7 +377,7 @@ FASTBLOCKS_INLINE void choose_rows(BlockParams& p, bool slices) {
   const int64_t ring_floats = 5 * 1024, hidden_floats = 80 * 1024;
   const int64_t row_floats = (p.width + 2 * p.padding) * kPanelVectors * kLanes;
   // Without an expansion the next chunk's input is of the size of this one's hidden channels, and shares the cache with them.
-  const int64_t next_floats = p.expand_weight ? 0 : p.stride * p.width * p.in_channels;
+  const int64_t next_floats = expands(p) ? 0 : p.stride * p.width * p.in_channels;
   const int64_t chunk_floats = p.out_width * p.hidden_stride + next_floats;
   const int64_t chunk = smaller(p.out_height, larger(1, hidden_floats / chunk_floats));
   p.chunk_rows = divide_up(p.out_height, divide_up(p.out_height, chunk));  // chunks of equal height
@@ -365,7 +390,7 @@ FASTBLOCKS_INLINE void choose_rows(BlockParams& p, bool slices) {
 // the seam are then expanded twice.
 FASTBLOCKS_INLINE int64_t slice_parts(const BlockParams& p, int64_t slices, int threads) {
   const int64_t whole = divide_up(slices, threads) * 2 * p.out_height;
-  const int64_t halves = divide_up(2 * slices, threads) * (p.out_height + (p.expand_weight ? p.kernel - p.stride : 0));
+  const int64_t halves = divide_up(2 * slices, threads) * (p.out_height + (expands(p) ? p.kernel - p.stride : 0));
   return p.out_height > 1 && halves < whole - whole / 16 ? 2 : 1;
 }
 

@@ -72,7 +72,15 @@ inline void conv_load_row(const ConvParams& p, const ConvScratch& s, int64_t ima
   }
 }
 
-inline void conv_output_row(const ConvParams& p, const ConvScratch& s, int64_t image, int64_t oy) {
+// The ring's rows have no padding yet, and recycled memory holds anything.
+FASTBLOCKS_INLINE void conv_clear(const ConvScratch& s) { __builtin_memset(s.ring, 0, (char*)s.end - (char*)s.ring); }
+
+// Output row `oy` of the panels [panel_begin, panel_end) of channels; `to` is the place of channel 0. Input rows below `next`
+// are in the ring or no longer needed; the row after those that this output row needs is returned.
+inline int64_t conv_output_row(const ConvParams& p, const ConvScratch& s, int64_t image, int64_t oy, int64_t next,
+                               int64_t panel_begin, int64_t panel_end, const Destination& to, bool pad_channels) {
+  const int64_t first = oy * p.stride[0] - p.padding[0], limit = smaller(p.height, first + s.ring_rows);
+  for (next = larger(next, larger(first, 0)); next < limit; ++next) conv_load_row(p, s, image, next);
   const bool dense = p.dilation[1] == 1;
   const int64_t step = p.planar ? 1 : p.in_channels;  // floats from a column to the next
   int64_t r = 0;
@@ -83,29 +91,26 @@ inline void conv_output_row(const ConvParams& p, const ConvScratch& s, int64_t i
       for (int64_t kx = 0; kx < (dense ? 1 : p.kernel[1]); ++kx)
         s.run_offsets[r++] = row + c * s.padded_width + kx * p.dilation[1] * step;
     }
-  const Panels panels(p.out_channels);
   const ConvRuns runs = conv_runs(p);
   const Pixels left = {s.ring, runs.length, p.stride[1] * step, runs.count, s.run_offsets};
-  const Epilogue e = {folded_product(p.packed_weight, p.out_channels, p.fold, p.shared), p.clamp, nullptr, 0, false};
-  const Destination to = {p.out.data + image * p.out.image_stride + oy * p.out.row_stride, p.out.pixel_stride, nullptr};
-  gemm(left, p.out_width, p.out_channels, 0, panels.count, e, to);
+  const Epilogue e = {folded_product(p.packed_weight, p.out_channels, p.fold, p.shared), p.clamp, nullptr, 0, pad_channels};
+  gemm(left, p.out_width, p.out_channels, panel_begin, panel_end, e, to);
+  return next;
 }
 
 inline void conv_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
   const ConvParams& p = *static_cast<const ConvParams*>(params);
   size_t bytes;
   const ConvScratch s = conv_scratch(p, memory, &bytes);
-  // The side padding is never written by a row; recycled memory holds anything.
-  __builtin_memset(s.ring, 0, (char*)s.end - (char*)s.ring);
+  conv_clear(s);
+  const int64_t panels = Panels(p.out_channels).count;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / p.bands, band = item % p.bands;
     const int64_t from = band * p.out_height / p.bands, to = (band + 1) * p.out_height / p.bands;
-    int64_t next = larger(0, from * p.stride[0] - p.padding[0]);
+    int64_t next = 0;
     for (int64_t oy = from; oy < to; ++oy) {
-      const int64_t first = oy * p.stride[0] - p.padding[0];
-      const int64_t limit = smaller(p.height, first + s.ring_rows);
-      for (next = larger(next, first); next < limit; ++next) conv_load_row(p, s, image, next);
-      conv_output_row(p, s, image, oy);
+      float* out = p.out.data + image * p.out.image_stride + oy * p.out.row_stride;
+      next = conv_output_row(p, s, image, oy, next, 0, panels, {out, p.out.pixel_stride, nullptr}, false);
     }
   }
 }
@@ -113,7 +118,7 @@ inline void conv_run(const void* params, int64_t begin, int64_t end, char* memor
 inline void conv_prepare(void* params, int threads, Work* work) {
   ConvParams& p = *static_cast<ConvParams*>(params);
   p.bands = threads > 1 ? smaller(p.out_height, divide_up(4 * (int64_t)threads, p.images)) : 1;
-  work->count = 1;
+  work->count = p.absorbed ? 0 : 1;
   work->phases[0] = {conv_run, &p, p.images * p.bands};
   conv_scratch(p, nullptr, &work->worker_bytes);
   const int64_t depth = p.in_channels * p.kernel[0] * p.kernel[1];

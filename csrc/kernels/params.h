@@ -92,6 +92,7 @@ struct ConvParams {
   Clamp clamp;
   Image out;
   float* shared;
+  bool absorbed;  // whoever reads the output computes it row by row: see BlockParams::stem
   // set by prepare
   bool fold;
   int64_t bands;
@@ -105,6 +106,7 @@ struct BlockParams {
   // Groups of the projection and of the shuffle in front of the depthwise convolution; groups of the expansion, 1 or the same.
   int64_t groups, expand_groups;
   Image x;                     // row_stride = width * pixel_stride
+  const ConvParams* stem;      // makes x from an image, a few rows at a time; null: x is in memory
   const float* expand_weight;  // null: no expansion, hidden_channels = in_channels
   const float* depthwise_weight;
   const float* project_weight;
