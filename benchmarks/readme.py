@@ -27,7 +27,7 @@ BLOCK = re.compile(r"<!-- (?P<kind>inference|training): (?P<files>[^>]*) -->\n.*
 
 def number(milliseconds: float) -> str:
     """Three digits."""
-    return f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:.0f}"
+    return f"{milliseconds:.{2 if milliseconds < 10 else 1 if milliseconds < 100 else 0}f}"
 
 
 def rows_of(heading: str, columns: Sequence[str], rows: dict[str, list[str]]) -> list[str]:
@@ -94,9 +94,8 @@ def training(files: Sequence[str]) -> str:
     titles = {"fastblocks": "fastblocks", "eager": "torch eager", "channels_last": "torch eager, channels_last"}
     titles |= {"compile": "torch.compile", "compile_channels_last": "torch.compile, channels_last"}
     table = {title: [step_cell(result, mode) for result in results] for mode, title in titles.items()}
-    memory = [
-        row["peak_of_channels_last"] for result in results for row in result["rows"] if row["mode"] == "fastblocks"
-    ]
+    own = [row for result in results for row in result["rows"] if row["mode"] == "fastblocks"]
+    memory = [row["peak_of_channels_last"] for row in own]
     table["peak memory, of channels_last's"] = [f"{share:.2f}" for share in memory]
     side = first["resolution"]
     head = f"{machine(first['facts'], first['threads'])}, batch {first['batch']}, {side}x{side}:"
@@ -128,9 +127,7 @@ def remade(text: str, chosen: dict[str, Sequence[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="results to take from now on")
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit 1 where the tables are not the files'"
-    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a table is not its files'")
     arguments = parser.parse_args()
     chosen: dict[str, list[str]] = {}
     for file in arguments.files:

@@ -223,7 +223,8 @@ def print_rows(rows: Sequence[dict[str, Any]], setting: dict[str, Any]) -> None:
         table.add_row(LABELS[row["mode"]] + " (best)" * row["best_torch"], *cells, style=style)
     console.print(table)
     kept = "torch's processes: glibc keeps memory; " if setting["malloc_tuned"] else ""
-    console.print(f"[dim]{kept}torch {setting['torch'].partition('+')[0]}, {setting['cpu']}[/]", soft_wrap=True)
+    facts = setting["facts"]
+    console.print(f"[dim]{kept}torch {facts['torch'].partition('+')[0]}, {facts['cpu']}[/]", soft_wrap=True)
 
 
 def parse() -> argparse.Namespace:
@@ -263,12 +264,10 @@ def main() -> None:
     if arguments.serve:
         serve(arguments.model, arguments.serve, arguments.folder, arguments.threads)
         return
-    import torch
-
-    from fastblocks.bench.machine import cpu_name
+    from fastblocks.bench.machine import facts
 
     keys = ("model", "batch", "resolution", "threads", "rounds", "steps", "malloc_tuned")
-    setting = {**{key: getattr(arguments, key) for key in keys}, "torch": torch.__version__, "cpu": cpu_name()}
+    setting = {**{key: getattr(arguments, key) for key in keys}, "facts": facts()}
     rows = measure(arguments)
     print_rows(rows, setting)
     if arguments.json:

@@ -135,7 +135,7 @@ def run_in_a_row(owner: nn.Module, names: Iterable[str], x: Any) -> Any:
 
 
 def classify(owner: nn.Module, names: Iterable[str], classifier: nn.Module, x: Any) -> Any:
-    """Children of `owner` in a row, global average pooling and its classifier, a child too: in one go where that may be.
+    """Children of `owner` in a row, global average pooling and its classifier, in one go where that may be.
 
     Where gradients could be recorded, the three run one after the other.
     """
