@@ -221,6 +221,14 @@ def test_a_folder_that_cannot_be_made_is_told_before_measuring(capsys, tmp_path)
     assert error.startswith("fastblocks: --out: cannot make") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", [["bench"], ["study"], ["profile", "mobilenet_v2", "--html", "x.html"]])
+def test_a_missing_package_is_one_line(command, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(command) == 2
+    error = capsys.readouterr().err
+    assert "needs matplotlib: pip install 'fastblocks[bench]'" in error and error.count("\n") == 1
+
+
 def test_the_command_prints_its_table(fake_workers, tmp_path, capsys, monkeypatch):
     fake_workers({"fastblocks": [2.0], "onnxruntime": [1.0]}, errors={"mnn": 1.0})
     monkeypatch.setenv("COLUMNS", "80")

@@ -142,7 +142,7 @@ def test_packages_that_are_missing(capsys, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert "pip install 'fastblocks[train]'" in fails(capsys)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "the curves need matplotlib" in fails(capsys)
+    assert "the picture of the curves needs matplotlib" in fails(capsys)
 
 
 def test_two_runs_in_one_folder(tmp_path):

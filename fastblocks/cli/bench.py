@@ -67,6 +67,9 @@ def bench(
     """
     import torch
 
+    from fastblocks.cli.errors import need
+
+    need("bench", "the page", "matplotlib", "jinja2")
     from fastblocks.bench import machine
     from fastblocks.bench.peers import PEERS
     from fastblocks.bench.peers.contest import Contest, hold

@@ -88,8 +88,9 @@ def profile(
 
 def _check_files(html_file: str | None, plot_file: str | None, rounds: int) -> None:
     """Refuse what could not be written, before anything is measured."""
-    from importlib.util import find_spec
     from pathlib import Path
+
+    from fastblocks.cli.errors import need
 
     if plot_file is not None and not rounds:
         raise click.UsageError("--plot: a roofline needs times, expected --rounds above 0")
@@ -98,8 +99,7 @@ def _check_files(html_file: str | None, plot_file: str | None, rounds: int) -> N
     for option, file in (("--html", html_file), ("--plot", plot_file)):
         if file is None:
             continue
-        if find_spec("matplotlib") is None:
-            raise click.UsageError(f"{option}: needs matplotlib (pip install 'fastblocks[bench]')")
+        need("bench", option, "matplotlib", "jinja2")
         folder = Path(file).parent
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             what = "cannot be written to" if folder.is_dir() else "is no folder"

@@ -64,6 +64,9 @@ def study(
     """
     import torch
 
+    from fastblocks.cli.errors import need
+
+    need("bench", "the page", "matplotlib", "jinja2")
     from fastblocks.bench.study import output
     from fastblocks.bench.study.run import chosen
     from fastblocks.cli.report import print_json

@@ -7,7 +7,6 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import fastblocks
 from fastblocks.bench.files import replace, replace_text
 from fastblocks.bench.stock import stock_model
-from fastblocks.cli.errors import UserError
+from fastblocks.cli.errors import UserError, need
 from fastblocks.cli.training import checkpoint as checkpoints
 from fastblocks.cli.training.data import Data, batches, load_data
 from fastblocks.cli.training.distributed import World, joined
@@ -104,8 +103,7 @@ def _check(settings: Settings) -> None:
     takes = inspect.signature(getattr(fastblocks.models, settings.model)).parameters
     if settings.width_mult is not None and "width_mult" not in takes:
         raise UserError(f"{settings.model} takes no --width-mult: its name says its width")
-    if find_spec("matplotlib") is None:
-        raise UserError("the curves need matplotlib: pip install 'fastblocks[train]'")
+    need("train", "the picture of the curves", "matplotlib")
 
 
 class _Run:

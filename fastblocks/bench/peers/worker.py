@@ -144,9 +144,12 @@ def mnn(peer: str, folder: Path, threads: int, stock: Path) -> tuple[Runner, str
     """Alibaba's MNN on the CPU, in float32."""
     import MNN
 
-    converter = Path(sys.executable).parent / "mnnconvert"
+    # Not by the command mnnconvert: it runs pip to install a logging package into whatever environment is active, and
+    # reports each conversion to a server.
+    convert = "import sys, MNN, _tools; _tools.mnnconvert(sys.argv)"
+    options = ("-f", "ONNX", "--modelFile", "model.onnx", "--MNNModel", "model.mnn", "--bizCode", "bench")
     subprocess.run(
-        [str(converter), "-f", "ONNX", "--modelFile", "model.onnx", "--MNNModel", "model.mnn", "--bizCode", "bench"],
+        [sys.executable, "-c", convert, *options],
         cwd=folder,
         check=True,
         stdout=subprocess.DEVNULL,
