@@ -52,7 +52,7 @@ def inference(files: Sequence[str]) -> str:
     best = [contest["fastblocks_takes_of_best_engine"] for contest in contests]
     lines = [
         f"{machine(result['facts'], contests[0]['threads'])}, median of {contests[0]['rounds']} interleaved rounds:",
-        f"`{result['command'].partition(' --out')[0]}`.",
+        f"`{result['command']}`.",
         "",
         "<picture>",
         f'<source media="(prefers-color-scheme: dark)" srcset="{stem}-dark.png">',

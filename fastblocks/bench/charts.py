@@ -97,6 +97,8 @@ def tidy(axes: Axes, *, grid: str = "both") -> None:
 
 def _settings(theme: Theme) -> dict[str, Any]:
     return {
+        "figure.constrained_layout.h_pad": 0.1,
+        "figure.constrained_layout.w_pad": 0.1,
         "figure.facecolor": theme.paper,
         "savefig.facecolor": theme.paper,
         "axes.facecolor": theme.paper,

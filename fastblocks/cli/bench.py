@@ -92,7 +92,11 @@ def bench(
             for model in models or ("mobilenet_v2",)
             for batch in batches
         ]
-    result = {"facts": machine.facts(), "command": _command(), "contests": contests}
+    which = " ".join((*(models or ("mobilenet_v2",)), *(f"--batch {batch}" for batch in batches)))
+    command = f"fastblocks bench {which} --threads {count} --rounds {rounds} --seconds {seconds:g}"
+    if peers is not None:
+        command += f" --peers {','.join(names)}"
+    result = {"facts": machine.facts(), "command": command, "contests": contests}
     files = write_files(result, out)
     if as_json:
         print_json({**result, "files": [str(file) for file in files]})
@@ -123,7 +127,3 @@ def _set_up(names: tuple[str, ...], tell: Any) -> None:
 
     for failure in set_up(names, tell):
         print(f"fastblocks: could not install {failure}", file=sys.stderr)
-
-
-def _command() -> str:
-    return " ".join(("fastblocks", *sys.argv[1:]))
