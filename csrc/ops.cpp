@@ -144,19 +144,19 @@ std::unique_ptr<Call> make_call(PyObject* function, PyObject* const* args, Py_ss
 namespace {
 
 // A convolution whose only reader is a block that begins with its depthwise convolution is computed there, row by row, and its
-// output (a network's largest tensor) never exists.
-void absorb_stem(const std::vector<Step>& steps) {
-  for (size_t i = 0; i + 1 < steps.size(); ++i) {
-    if (steps[i].op != &kernels().conv || steps[i + 1].op != &kernels().block) continue;
-    auto* conv = static_cast<ConvParams*>(steps[i].params);
-    auto* block = static_cast<BlockParams*>(steps[i + 1].params);
-    const bool reads_it = block->x.data == conv->out.data && block->in_channels == conv->out_channels;
-    if (!reads_it || block->expand_weight || block->groups != 1 || block->residual.data || block->other.data ||
-        block->pooled.data)
-      continue;
-    conv->absorbed = true;
-    block->stem = conv;
-  }
+// output (a network's largest tensor) never exists. `before` and `after` are the steps of two calls in a row; a call of several
+// steps may read its input in each.
+void absorb_stem(const std::vector<Step>& before, const std::vector<Step>& after) {
+  if (before.size() != 1 || after.size() != 1) return;
+  if (before[0].op != &kernels().conv || after[0].op != &kernels().block) return;
+  auto* conv = static_cast<ConvParams*>(before[0].params);
+  auto* block = static_cast<BlockParams*>(after[0].params);
+  const bool reads_it = block->x.data == conv->out.data && block->in_channels == conv->out_channels;
+  if (!reads_it || block->expand_weight || block->groups != 1 || block->residual.data || block->other.data ||
+      block->pooled.data)
+    return;
+  conv->absorbed = true;
+  block->stem = conv;
 }
 
 }  // namespace
@@ -179,8 +179,14 @@ Ref run_calls(const std::vector<std::unique_ptr<Call>>& calls, PyObject* input, 
   for (size_t i = 0; i <= last; ++i)
     calls[i]->place(i > 0 ? slabs[(i - 1) % 2]->floats() : nullptr, i < last ? slabs[i % 2]->floats() : out.data());
   std::vector<Step> steps;
-  for (const auto& call : calls) call->steps(steps);
-  absorb_stem(steps);
+  std::vector<Step> before, now;
+  for (const auto& call : calls) {
+    now.clear();
+    call->steps(now);
+    absorb_stem(before, now);
+    steps.insert(steps.end(), now.begin(), now.end());
+    before.swap(now);
+  }
   run_steps(steps);
   return out.tensor();
 }

@@ -65,6 +65,31 @@ def test_equal_to_one_by_one(tier: str, threads: int) -> None:
 
 
 @native
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda: fastblocks.ShuffleUnitV2(24, 48, 2),  # both of its branches read the convolution's output
+        lambda: fastblocks.ShuffleUnit(24, 240, groups=3, stride=2),
+        lambda: InvertedResidual(24, 24, 1, 1),  # so does the addition
+        lambda: InvertedResidual(24, 16, 1, 1),
+        lambda: fastblocks.DepthwiseSeparableConv(24, 40, 2),
+        lambda: fastblocks.DepthwiseSeparableConv(24, 24),
+        lambda: fastblocks.DepthwiseConvBNAct(24),
+    ],
+)
+def test_a_convolution_in_front_of_any_block(tier: str, block: Callable[[], nn.Module]) -> None:
+    layers = settled(Sequential(ConvBNAct(3, 24, stride=2), block()))
+    with torch.no_grad():
+        for size in ((1, 3, 33, 30), (1, 3, 128, 128), (4, 3, 64, 62), (0, 3, 16, 16)):
+            x = torch.randn(size)
+            want = one_by_one(layers, x)
+            for _ in range(3):
+                one_by_one(layers, torch.randn(size))  # other numbers in the memory that is used again
+                assert torch.equal(layers(x), want)
+    assert chained(layers) == tier.startswith("native")
+
+
+@native
 def test_inputs_that_do_not_fit_are_refused_as_by_the_layers() -> None:
     layers = network()
     with torch.no_grad():

@@ -14,104 +14,13 @@
 // begins.
 #pragma once
 
-#include "conv-inl.h"
+#include "block_layout-inl.h"
 #include "depthwise-inl.h"
-#include "pointwise-inl.h"
 #include "pool-inl.h"
 #include "shuffle-inl.h"
 
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
-
-FASTBLOCKS_INLINE GroupedProduct block_expansion(const BlockParams& p) {
-  return {p.expand_groups, p.hidden_channels / p.expand_groups, p.in_channels / p.expand_groups, p.fold_expand};
-}
-
-FASTBLOCKS_INLINE GroupedProduct block_projection(const BlockParams& p) {
-  return {p.groups, p.out_channels / p.groups, p.hidden_channels / p.groups, p.fold_project};
-}
-
-// The hidden channels as they lie in memory: sections, each of whole vectors, one a group of the expansion.
-struct Hidden {
-  int64_t sections, channels;  // channels of a section
-  Panels panels;               // of a section
-
-  explicit Hidden(const BlockParams& p)
-      : sections(p.expand_groups), channels(p.hidden_channels / p.expand_groups), panels(channels) {}
-  int64_t padded() const { return sections * panels.padded(); }
-  int64_t count() const { return sections * panels.count; }  // panels in all
-  int64_t first(int64_t panel) const {                       // the place of a panel's first channel
-    return panel / panels.count * panels.padded() + panels.first_channel(panel % panels.count);
-  }
-  int lanes(int64_t panel) const { return panels.width(panel % panels.count) * kLanes; }
-  int valid(int64_t panel) const { return panels.valid(panel % panels.count); }
-  // Where the streams that a shuffle interleaves begin, and the distance between them.
-  int64_t stream_stride(const BlockParams& p) const { return sections > 1 ? panels.padded() : p.hidden_channels / p.groups; }
-};
-
-struct BlockShared {  // views into params.shared
-  float *expand, *depthwise, *project, *hidden;
-};
-
-FASTBLOCKS_INLINE BlockShared block_shared(const BlockParams& p, int64_t* floats) {
-  BlockShared s;
-  s.expand = p.shared;
-  s.depthwise = s.expand + (p.expand_weight ? block_expansion(p).floats() : 0);
-  s.project = s.depthwise + Hidden(p).padded() * (p.kernel * p.kernel + 2);
-  const float* end = s.project + block_projection(p).floats();
-  s.hidden = p.shared + round_up(end - p.shared, 16);
-  *floats = s.hidden - p.shared;
-  return s;
-}
-
-FASTBLOCKS_INLINE int64_t ring_rows(const BlockParams& p) { return (p.step_rows - 1) * p.stride + p.kernel; }
-
-// Whether the depthwise convolution reads what the block has made itself, in a ring.
-FASTBLOCKS_INLINE bool expands(const BlockParams& p) { return p.expand_weight || p.stem; }
-
-FASTBLOCKS_INLINE bool by_slices(const BlockParams& p) { return p.bands == 0; }
-
-// The left operand of a projection behind a shuffle is laid out anew, so many pixels at a time; so are results that are to be
-// interleaved with others.
-FASTBLOCKS_INLINE int64_t project_pixels(const BlockParams& p) {
-  return p.other.data ? shuffle_pixels(p.out_channels) : larger(1, p.out_height * p.out_width);
-}
-
-FASTBLOCKS_INLINE int64_t gathered_stride(const BlockParams& p) {
-  return round_up(p.hidden_channels / p.groups + p.groups * (kLanes + 2), 16);
-}
-
-struct BlockScratch {
-  const float** input_rows;  // kernel rows of one output row
-  int64_t* ring_offsets;     // of the pixels of an expansion
-  float *ring, *hidden, *gathered, *result;
-  ConvScratch stem;  // where there is one
-};
-
-FASTBLOCKS_INLINE BlockScratch block_scratch(const BlockParams& p, char* memory, size_t* bytes) {
-  BlockScratch s;
-  s.input_rows = reinterpret_cast<const float**>(memory);
-  s.ring_offsets = reinterpret_cast<int64_t*>(memory) + round_up(p.kernel, 8);
-  float* next = reinterpret_cast<float*>(s.ring_offsets + round_up(ring_rows(p) * p.width, 8));
-  const int64_t row_pixels = p.width + 2 * p.padding;
-  const int64_t lanes = by_slices(p) ? kMaxPanelVectors * kLanes : Hidden(p).padded();
-  const int64_t chunk_pixels = by_slices(p) ? p.pixel_block : p.chunk_rows * p.out_width;
-  s.ring = next;
-  if (by_slices(p) || expands(p)) next += round_up(ring_rows(p) * row_pixels * lanes, 16);
-  s.hidden = next;
-  if (!by_slices(p)) next += chunk_pixels * p.hidden_stride + 16;
-  s.gathered = next + 16;  // interleaving begins a little before
-  if (p.groups > 1) next += chunk_pixels * gathered_stride(p) + 2 * 16 + kMostStreams * kLanes;
-  s.result = next;
-  if (p.other.data) next += shuffle_pixels(p.out_channels) * round_up(p.out_channels, kLanes) + 16;
-  *bytes = round_up((char*)next - memory, 64);
-  if (p.stem) {
-    size_t more;
-    s.stem = conv_scratch(*p.stem, memory + *bytes, &more);
-    *bytes += more;
-  }
-  return s;
-}
 
 // Rows [iy_begin, iy_end) of one panel of the block's input, made from the image.
 inline void block_stem(const BlockParams& p, const BlockScratch& s, int64_t image, int64_t panel, float* ring, int64_t iy_begin,
