@@ -179,13 +179,14 @@ Ref run_calls(const std::vector<std::unique_ptr<Call>>& calls, PyObject* input, 
   for (size_t i = 0; i <= last; ++i)
     calls[i]->place(i > 0 ? slabs[(i - 1) % 2]->floats() : nullptr, i < last ? slabs[i % 2]->floats() : out.data());
   std::vector<Step> steps;
-  std::vector<Step> before, now;
-  for (const auto& call : calls) {
+  std::vector<Step> stem, now;
+  for (size_t i = 0; i <= last; ++i) {
     now.clear();
-    call->steps(now);
-    absorb_stem(before, now);
+    calls[i]->steps(now);
+    // Only the first call reads the user's tensor: a later one's input is in the memory that the block writes to.
+    if (i == 0) stem = now;
+    if (i == 1) absorb_stem(stem, now);
     steps.insert(steps.end(), now.begin(), now.end());
-    before.swap(now);
   }
   run_steps(steps);
   return out.tensor();

@@ -90,6 +90,35 @@ def test_a_convolution_in_front_of_any_block(tier: str, block: Callable[[], nn.M
 
 
 @native
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_convolution_between_blocks(tier: str, threads: int) -> None:
+    """Blocks write over what is no longer read: a convolution in the middle must have read its input by then."""
+    chains = (
+        [
+            ConvBNAct(3, 8, stride=2),
+            ConvBNAct(8, 32),
+            fastblocks.DepthwiseSeparableConv(32, 64),
+            InvertedResidual(64, 32, 2),
+        ],
+        [PointwiseConvBNAct(3, 8), ConvBNAct(8, 32), InvertedResidual(32, 64, 1, 1), PointwiseConvBNAct(64, 32)],
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for parts in chains:
+            layers = settled(Sequential(*parts))
+            with torch.no_grad():
+                for size in ((1, 3, 96, 96), (4, 3, 32, 32), (5, 3, 5, 5)):
+                    for _ in range(4):
+                        x = torch.randn(size).contiguous(memory_format=torch.channels_last)  # as between the layers
+                        want = one_by_one(layers, x)
+                        one_by_one(layers, torch.randn_like(x))
+                        assert torch.equal(layers(x), want)
+    finally:
+        torch.set_num_threads(before)
+
+
+@native
 def test_inputs_that_do_not_fit_are_refused_as_by_the_layers() -> None:
     layers = network()
     with torch.no_grad():
