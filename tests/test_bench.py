@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastblocks
-from fastblocks.bench import machine
+from fastblocks.bench import files, machine
 from fastblocks.bench.errors import BenchError
 from fastblocks.bench.peers import ENGINES, PEERS, TORCH, contest, environments, show
 from fastblocks.bench.peers.contest import Contest, hold
@@ -178,24 +178,24 @@ def test_limits_are_no_lower_than_what_torch_reaches():
 
 def test_files_are_named_and_whole(one_result, tmp_path):
     result = {"facts": machine.facts(), "command": "fastblocks bench", "contests": [one_result]}
-    files = show.write_files(result, tmp_path / "new" / "folder")
-    assert Counter(file.suffix for file in files) == {".json": 1, ".html": 1, ".png": 2}
-    for file in files:
+    written = show.write_files(result, tmp_path / "new" / "folder")
+    assert Counter(file.suffix for file in written) == {".json": 1, ".html": 1, ".png": 2}
+    for file in written:
         assert "mobilenet_v2-batch2-1threads-" in file.name
         assert f"-torch{torch.__version__.partition('+')[0]}-{machine.facts()['date']}" in file.name
-    assert json.loads(files[0].read_text())["contests"][0]["rows"][0]["milliseconds"] == 2.0
-    page = files[1].read_text()
+    assert json.loads(written[0].read_text())["contests"][0]["rows"][0]["milliseconds"] == 2.0
+    page = written[1].read_text()
     assert "fastblocks takes 0.75 of the best engine" in page
     assert "<td>OpenVINO</td>" in page
     assert "http://" not in page and "https://" not in page
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files[2:])
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in written[2:])
 
 
 def test_the_page_opens_without_an_error(one_result, tmp_path):
     from browser import console_errors
 
-    files = show.write_files({"facts": machine.facts(), "command": "", "contests": [one_result]}, tmp_path)
-    assert console_errors(files[1]) == []
+    written = show.write_files({"facts": machine.facts(), "command": "", "contests": [one_result]}, tmp_path)
+    assert console_errors(written[1]) == []
 
 
 @pytest.mark.parametrize(
@@ -227,6 +227,19 @@ def test_a_missing_package_is_one_line(command, capsys, monkeypatch):
     assert run(command) == 2
     error = capsys.readouterr().err
     assert "needs matplotlib: pip install 'fastblocks[bench]'" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", ["", "/dev/null"])
+def test_a_page_replaces_no_device_and_needs_a_name(file, capsys):
+    assert run(["profile", "mobilenet_v2", "--html", file]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastblocks: --html") and error.count("\n") == 1
+    assert not Path("/dev/null").is_file()
+
+
+def test_a_device_is_no_file_to_replace():
+    with pytest.raises(FileExistsError, match="no regular file"):
+        files.replace_text(Path("/dev/null"), "x")
 
 
 def test_the_command_prints_its_table(fake_workers, tmp_path, capsys, monkeypatch):

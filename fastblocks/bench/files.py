@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,11 @@ def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     file, whose name ends in ``.part``; the next call takes it over.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written to; the old file stays.
+        OSError: `path` is there and no regular file (a device, say), the disk is full, or the folder cannot be written
+            to; the old file stays.
     """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "it is no regular file", str(path))
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:

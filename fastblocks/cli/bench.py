@@ -77,7 +77,7 @@ def bench(
     from fastblocks.cli.bench_report import print_bench, progress
     from fastblocks.cli.report import print_json
 
-    names = tuple(PEERS) if peers is None else tuple(name.strip() for name in peers.split(","))
+    names = tuple(PEERS) if peers is None else tuple(dict.fromkeys(name.strip() for name in peers.split(",")))
     for name in names:
         if name not in PEERS:
             raise click.UsageError(f"--peers: no contender {name!r}, expected some of {', '.join(PEERS)}")

@@ -101,6 +101,8 @@ def _check_files(html_file: str | None, plot_file: str | None, rounds: int) -> N
             continue
         need("bench", option, "matplotlib", "jinja2")
         folder = Path(file).parent
+        if not Path(file).name or (Path(file).exists() and not Path(file).is_file()):
+            raise click.UsageError(f"{option} {file!r}: expected the name of a file")
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             what = "cannot be written to" if folder.is_dir() else "is no folder"
             raise click.UsageError(f"{option} {file!r}: {folder} {what}")
