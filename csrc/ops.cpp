@@ -141,53 +141,35 @@ std::unique_ptr<Call> make_call(PyObject* function, PyObject* const* args, Py_ss
   return nullptr;
 }
 
-namespace {
-
-// A convolution whose only reader is a block that begins with its depthwise convolution is computed there, row by row, and its
-// output (a network's largest tensor) never exists. `before` and `after` are the steps of two calls in a row; a call of several
-// steps may read its input in each.
-void absorb_stem(const std::vector<Step>& before, const std::vector<Step>& after) {
-  if (before.size() != 1 || after.size() != 1) return;
-  if (before[0].op != &kernels().conv || after[0].op != &kernels().block) return;
-  auto* conv = static_cast<ConvParams*>(before[0].params);
-  auto* block = static_cast<BlockParams*>(after[0].params);
-  const bool reads_it = block->x.data == conv->out.data && block->in_channels == conv->out_channels;
-  if (!reads_it || block->expand_weight || block->groups != 1 || block->residual.data || block->other.data ||
-      block->pooled.data)
-    return;
-  conv->absorbed = true;
-  block->stem = conv;
-}
-
-}  // namespace
-
 Ref run_calls(const std::vector<std::unique_ptr<Call>>& calls, PyObject* input, const Fits& fits) {
   Value value{view(input), input, {}};
   // Each output takes the memory of the last but one, which nobody reads any more.
   int64_t floats[2] = {0, 0};
   const size_t last = calls.size() - 1;
+  const auto keep = [&](size_t i, const TensorView& v) {
+    floats[i % 2] = std::max(floats[i % 2], v.size[0] * v.size[1] * v.size[2] * v.size[3]);
+  };
+  // Only the first call can be absorbed: a later one's input lies in memory that the absorbing call writes to.
+  bool absorbed = false;
   for (size_t i = 0; i <= last; ++i) {
     if (fits && !fits(i, value.view)) return Ref::borrow(Py_None);
+    const TensorView before = value.view;
     value = calls[i]->bind(value);
-    const int64_t* size = value.view.size;
-    if (i < last) floats[i % 2] = std::max(floats[i % 2], size[0] * size[1] * size[2] * size[3]);
+    if (i == 1) {
+      ConvParams* const stem = calls[0]->stem();
+      absorbed = stem && calls[1]->absorb(stem);
+      if (!absorbed) keep(0, before);
+    }
+    if (i > 0 && i < last) keep(i, value.view);
   }
   const auto room = [](int64_t count) { return (size_t)(count + 16) * sizeof(float); };
   const Slab first(last > 0 ? room(floats[0]) : 0), second(last > 1 ? room(floats[1]) : 0);
   Output out(value.view);
-  const Slab* slabs[2] = {&first, &second};
-  for (size_t i = 0; i <= last; ++i)
-    calls[i]->place(i > 0 ? slabs[(i - 1) % 2]->floats() : nullptr, i < last ? slabs[i % 2]->floats() : out.data());
+  float* const memory[2] = {first.floats(), second.floats()};
+  const auto between = [&](size_t i) { return i == 0 && absorbed ? nullptr : memory[i % 2]; };  // behind call i
+  for (size_t i = 0; i <= last; ++i) calls[i]->place(i > 0 ? between(i - 1) : nullptr, i < last ? between(i) : out.data());
   std::vector<Step> steps;
-  std::vector<Step> stem, now;
-  for (size_t i = 0; i <= last; ++i) {
-    now.clear();
-    calls[i]->steps(now);
-    // Only the first call reads the user's tensor: a later one's input is in the memory that the block writes to.
-    if (i == 0) stem = now;
-    if (i == 1) absorb_stem(stem, now);
-    steps.insert(steps.end(), now.begin(), now.end());
-  }
+  for (const auto& call : calls) call->steps(steps);
   run_steps(steps);
   return out.tensor();
 }

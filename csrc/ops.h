@@ -36,6 +36,12 @@ class Call {
   virtual void place(float* input, float* output) = 0;
   // What to run, in this order.
   virtual void steps(std::vector<Step>& to) = 0;
+
+  // A convolution need not write its output where the next call is its only reader and makes the rows itself, a few at a time,
+  // as it needs them. Both are asked when they are bound: this call's convolution, or null; and whether the call takes over
+  // that of the call before. Neither is then told where that output lies.
+  virtual ConvParams* stem() { return nullptr; }
+  virtual bool absorb(ConvParams*) { return false; }
 };
 
 // The call of the op behind a function of the tiers' table; null where that is none of op_methods(). args[0], the input, is not

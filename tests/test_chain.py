@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -261,3 +263,23 @@ def test_the_other_backend_is_taken_up() -> None:
             torch.testing.assert_close(layers(x), want, rtol=1e-4, atol=1e-4)
             assert not chained(layers)
         assert torch.equal(layers(x), want)
+
+
+@native
+def test_what_a_block_absorbs_takes_no_memory() -> None:
+    """The stem's output, 32 x 256 x 256 numbers, is no part of the peak, in a process of its own."""
+    code = """
+import torch, fastblocks
+layers = fastblocks.Sequential(fastblocks.ConvBNAct(3, 32, stride=2), fastblocks.DepthwiseSeparableConv(32, 16)).eval()
+with torch.no_grad():
+    for _ in range(3):
+        layers(torch.randn(1, 3, 32, 32))
+    y = layers(torch.randn(1, 3, 512, 512))
+stats = fastblocks.memory_stats()
+print(layers._chain is not None, y.numel() * 4, stats["peak_active_bytes"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    chained, output, peak = done.stdout.split()
+    stem = 4 * 32 * 256 * 256
+    assert chained == "True" and int(output) == 4 * 16 * 256 * 256
+    assert int(output) <= int(peak) < int(output) + stem // 4

@@ -92,7 +92,7 @@ struct ConvParams {
   Clamp clamp;
   Image out;
   float* shared;
-  bool absorbed;  // whoever reads the output computes it row by row: see BlockParams::stem
+  bool absorbed;  // the block that reads the output makes it, a few rows at a time: see BlockParams::stem
   // set by prepare
   bool fold;
   int64_t bands;

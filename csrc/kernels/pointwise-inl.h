@@ -77,7 +77,8 @@ inline void cut_product(int64_t pixels, int64_t depth, int64_t panel_count, int 
     *pixel_blocks = blocks;
     *panel_block = panels;
   }
-  *pixel_block = divide_up(pixels, *pixel_blocks);
+  *pixel_block = larger(1, divide_up(pixels, *pixel_blocks));
+  *pixel_blocks = divide_up(pixels, *pixel_block);  // no block is empty
   *panel_blocks = divide_up(panel_count, *panel_block);
 }
 

@@ -26,6 +26,12 @@ class Block : public CallOf<BlockParams> {
   void steps(std::vector<Step>& to) override { add_step(to, p_); }
 
  protected:
+  // For blocks of which the depthwise convolution alone reads the input.
+  bool take_over(ConvParams* stem) {
+    if (expand_ || adds_input_) return false;
+    stem->absorbed = true, p_.stem = stem;
+    return true;
+  }
   // Records; expand may be null: no expansion.
   Block(PyObject* expand, double expand_eps, PyObject* depthwise, double depthwise_eps, PyObject* project, double project_eps,
         int64_t groups = 1)
@@ -82,6 +88,7 @@ class InvertedResidual : public Block {
     p_.stride = integer(args[5]), p_.padding = integer(args[6]);
     p_.expand_clamp = p_.depthwise_clamp = clamp(args[7]), adds_input_ = truth(args[8]);
   }
+  bool absorb(ConvParams* stem) override { return take_over(stem); }
 
  private:
   static double eps(PyObject* const* args, int i) { return number(items(args[4], 3)[i]); }
@@ -95,6 +102,7 @@ class DepthwiseSeparable : public Block {
     p_.stride = integer(args[4]), p_.padding = integer(args[5]);
     p_.depthwise_clamp = p_.project_clamp = clamp(args[6]);
   }
+  bool absorb(ConvParams* stem) override { return take_over(stem); }
 };
 
 // (input, compress, depthwise, expand, eps, stride, groups, activation)

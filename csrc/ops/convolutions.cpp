@@ -124,6 +124,7 @@ class DenseConv : public Window<ConvParams> {
   void steps(std::vector<Step>& to) override {
     if (p_.images > 0 && p_.out_channels > 0) to.push_back({&kernels().conv, &p_});
   }
+  ConvParams* stem() override { return &p_; }
 
  private:
   Ref record_;

@@ -70,6 +70,8 @@ _numba_reason: str | None = None
 make_site: Callable[[Any], Any] | None = None if _native is None else _native.make_site
 make_chain: Callable[[Any], Any] | None = None if _native is None else _native.make_chain
 """Make a call site, or a chain of sites (``functional/site.py``); None without the extension."""
+spin: Callable[[int], tuple[float, str]] | None = None if _native is None else _native.spin
+"""Multiply-adds and nothing else, to measure the machine's peak; None without the extension."""
 
 
 def load_numba() -> ModuleType:

@@ -102,6 +102,11 @@ def pack_slots() -> int:
     return _C.pack_slots()
 
 
+def spin(steps: int) -> tuple[float, str]:
+    """Nothing but multiply-adds, on the pool's threads: how many floating point operations, and at which level."""
+    return _C.spin_multiply_adds(steps), current_isa()
+
+
 make_site = _C.make_site
 make_chain = _C.make_chain
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fastblocks
+from fastblocks import backends
 
 __all__ = ["Limits", "cpu_name", "facts", "limits"]
 
@@ -79,18 +80,17 @@ def limits() -> Limits:
 
 
 def _multiply_adds() -> tuple[float, str]:
-    try:
-        from fastblocks import _C
-    except ImportError:
+    spin = backends.spin
+    if spin is None:
         side = 1024
         a, b = torch.ones(side, side), torch.ones(side, side)
         return 2 * side**3 / _fastest(lambda: a @ b), "torch.mm"
     steps, seconds = 1 << 12, 0.0
     while seconds < SECONDS:
         steps *= 2
-        seconds = _seconds(partial(_C.spin_multiply_adds, steps))
-    spin = partial(_C.spin_multiply_adds, steps)
-    return spin() / _fastest(spin), _C.level_names()[_C.current_level()]
+        seconds = _seconds(partial(spin, steps))
+    flops, level = spin(steps)
+    return flops / _fastest(partial(spin, steps)), level
 
 
 def _seconds(run: Callable[[], object]) -> float:

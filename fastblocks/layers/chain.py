@@ -46,8 +46,6 @@ def _joined(owner: nn.Module, children: Iterable[Any], classifier: Any = None) -
         return None
     tables = tuple(module._modules for module in (owner, *containers))
     head = () if classifier is None else (classifier,)
-    if not all(type(module) in (Classifier, Linear) and _called_plainly(module) for module in head):
-        return None
     states = [module.__dict__ for module in (*containers, *layers, *head)]
     sites = [layer.__dict__ for layer in layers] + [state for module in head for state in (POOL, module.__dict__)]
     return site.chain(sites, site.Modules(tables, states, hooks_of(states)))
@@ -134,6 +132,11 @@ def run_in_a_row(owner: nn.Module, names: Iterable[str], x: Any) -> Any:
     return x
 
 
+def _heads(classifier: nn.Module) -> bool:
+    """Whether a module may end a chain, as the classifier."""
+    return type(classifier) in (Classifier, Linear) and _called_plainly(classifier)
+
+
 def classify(owner: nn.Module, names: Iterable[str], classifier: nn.Module, x: Any) -> Any:
     """Children of `owner` in a row, global average pooling and its classifier, in one go where that may be.
 
@@ -146,7 +149,8 @@ def classify(owner: nn.Module, names: Iterable[str], classifier: nn.Module, x: A
         if result is not None:
             return result
     result = classifier(global_avg_pool(run_in_a_row(owner, names, x)))
-    if not alone:
+    # where the children make no chain, the network makes none either: do not look again at each call
+    if not alone and owner.__dict__.get("_chain") is not None and _heads(classifier):
         owner.__dict__["_network"] = _joined(owner, [owner._modules[name] for name in names], classifier)
     return result
 
