@@ -17,6 +17,7 @@ from rows import Row
 from training import slim_table, wide_console
 
 import fastblocks
+from fastblocks.bench.words import digits
 
 ROWS = pytest.StashKey[list[Row]]()
 
@@ -96,15 +97,9 @@ def table(groups: Sequence[Group]) -> Table:
     for group in groups:
         slower = group.ratio > 1
         ratio = "slower " * slower + f"{group.ratio:.2f}"
-        times = (_milliseconds(seconds) for seconds in (group.seconds, group.best_seconds))
+        times = (digits(1e3 * seconds) for seconds in (group.seconds, group.best_seconds))
         result.add_row(group.name, ratio, *times, group.best, style="red" if slower else "")
     return result
-
-
-def _milliseconds(seconds: float) -> str:
-    """With three digits that say something."""
-    milliseconds = seconds * 1e3
-    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:#.3g}"
 
 
 def headline(groups: Sequence[Group]) -> str:

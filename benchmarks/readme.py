@@ -20,14 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from fastblocks.bench.files import replace_text
+from fastblocks.bench.words import counted, digits, torch_version
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"<!-- (?P<kind>inference|training): (?P<files>[^>]*) -->\n.*?<!-- end -->", re.DOTALL)
-
-
-def number(milliseconds: float) -> str:
-    """Three digits."""
-    return f"{milliseconds:.{2 if milliseconds < 10 else 1 if milliseconds < 100 else 0}f}"
 
 
 def rows_of(heading: str, columns: Sequence[str], rows: dict[str, list[str]]) -> list[str]:
@@ -38,8 +34,8 @@ def rows_of(heading: str, columns: Sequence[str], rows: dict[str, list[str]]) ->
 
 def machine(facts: dict[str, Any], threads: int) -> str:
     return (
-        f"{facts['cores']}-core {facts['cpu']}, {facts['isa']} (a shared machine), torch "
-        f"{facts['torch'].partition('+')[0]}, {threads} threads, {facts['date']}"
+        f"{facts['cores']}-core {facts['cpu']}, {facts['isa']}, torch {torch_version(facts)}, "
+        f"{counted(threads, 'thread')}, {facts['date']}"
     )
 
 
@@ -83,7 +79,7 @@ def cell(contest: dict[str, Any], name: str) -> str:
     for row in contest["rows"]:
         if row["name"] == name:
             takes = row["fastblocks_takes"]
-            return number(row["milliseconds"]) + ("" if takes is None else f" ({takes:.2f})")
+            return digits(row["milliseconds"]) + ("" if takes is None else f" ({takes:.2f})")
     return "-"
 
 
@@ -109,7 +105,7 @@ def step_cell(result: dict[str, Any], mode: str) -> str:
         return "-"
     ours, row = rows["fastblocks"], rows[mode]
     ratio = "" if mode == "fastblocks" else f" ({ours['ms'] / row['ms']:.2f})"
-    return number(row["ms"]) + ratio
+    return digits(row["ms"]) + ratio
 
 
 MAKERS = {"inference": inference, "training": training}

@@ -33,6 +33,7 @@ from training import State, batch_of, contender, forward_backward, fresh_state, 
 
 import fastblocks
 from fastblocks.bench import machine
+from fastblocks.bench.words import counted
 
 FULL = os.environ.get("FASTBLOCKS_BENCH", "") == "full"
 SECONDS = float(os.environ.get("FASTBLOCKS_BENCH_SECONDS", "1.0" if FULL else "0.25"))
@@ -78,7 +79,7 @@ class Training(NamedTuple):
 
 
 def count(word: str, n: int) -> str:
-    return f"{n}-{word}{'s' * (n > 1)}"
+    return counted(n, word).replace(" ", "-")
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -163,7 +164,7 @@ _facts = functools.lru_cache(machine.facts)
 
 
 def _time(benchmark: Any, run: Callable[[], object], what: str, who: str, batch: int, threads: int) -> Row:
-    group = f"{what}, batch {batch}, {threads} thread{'s' * (threads > 1)}"
+    group = f"{what}, batch {batch}, {counted(threads, 'thread')}"
     benchmark.group = group
     for _ in range(WARM_UP):
         start = time.perf_counter()

@@ -33,6 +33,7 @@ from typing import Any
 from rss import resident, sampler
 
 from fastblocks.bench.process import Peer, environment, reply
+from fastblocks.bench.words import counted, torch_version
 
 LABELS = {
     "eager": "torch eager",
@@ -209,7 +210,8 @@ def print_rows(rows: Sequence[dict[str, Any]], setting: dict[str, Any]) -> None:
 
     console = wide_console()
     size = f"batch {setting['batch']}, {setting['resolution']}x{setting['resolution']}, float32"
-    how = f"{setting['threads']} threads, {setting['rounds']} rounds of {setting['steps']} steps"
+    rounds, steps = counted(setting["rounds"], "round"), counted(setting["steps"], "step")
+    how = f"{counted(setting['threads'], 'thread')}, {rounds} of {steps}"
     console.print(f"[bold]{setting['model']}, a training step[/], {size}, {how}", soft_wrap=True)
     memory = any("peak_mb" in row for row in rows)
     headings = ("ms", "lowest", "highest", "of best torch", "page faults")
@@ -224,7 +226,7 @@ def print_rows(rows: Sequence[dict[str, Any]], setting: dict[str, Any]) -> None:
     console.print(table)
     kept = "torch's processes: glibc keeps memory; " if setting["malloc_tuned"] else ""
     facts = setting["facts"]
-    console.print(f"[dim]{kept}torch {facts['torch'].partition('+')[0]}, {facts['cpu']}[/]", soft_wrap=True)
+    console.print(f"[dim]{kept}torch {torch_version(facts)}, {facts['cpu']}[/]", soft_wrap=True)
 
 
 def parse() -> argparse.Namespace:

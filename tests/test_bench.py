@@ -218,7 +218,9 @@ def test_a_folder_that_cannot_be_made_is_told_before_measuring(capsys, tmp_path)
     assert run(["bench", "--out", str(tmp_path / "file" / "results")]) == 2
     assert time.perf_counter() - start < 5
     error = capsys.readouterr().err
-    assert error.startswith("fastblocks: --out: cannot make") and error.count("\n") == 1
+    assert (
+        error.startswith("fastblocks: --out: expected a folder that can be written to, got") and error.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("command", [["bench"], ["study"], ["profile", "mobilenet_v2", "--html", "x.html"]])

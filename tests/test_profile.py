@@ -420,4 +420,4 @@ def test_a_disk_that_is_full_is_one_line(
     monkeypatch.setattr("fastblocks.bench.files.replace_text", full)
     page = str(tmp_path / "a.html")
     assert cli.main(["profile", "shufflenet_v2_x0_5", "--size", "32", "--rounds", "0", "--html", page]) == 2
-    assert capsys.readouterr().err == f"fastblocks: --html {page!r}: cannot be written (No space left on device)\n"
+    assert capsys.readouterr().err == f"fastblocks: --html: cannot write to {page!r}: No space left on device\n"

@@ -382,17 +382,20 @@ def test_a_claim_that_fails_leaves_the_others_alone(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--only", "g5"], "only: no claim 'g5', expected some of separable, shares, "),
-        (["--load", "{file}"], "load: expected the JSON file of an earlier study, got '{file}': it is no study's JSON"),
+        (["--only", "g5"], "--only: no claim 'g5', expected some of separable, shares, "),
+        (
+            ["--load", "{file}"],
+            "--load: expected the JSON file of an earlier study, got '{file}': it is no study's JSON",
+        ),
         (
             ["--load", "{file}.no"],
-            "load: expected the JSON file of an earlier study, got '{file}.no': No such file",
+            "--load: expected the JSON file of an earlier study, got '{file}.no': No such file",
         ),
         (
             ["--out", "{file}/in"],
-            "out: expected a folder that can be written to, got '{file}/in': Not a directory",
+            "--out: expected a folder that can be written to, got '{file}/in': Not a directory",
         ),
-        (["--docs", "{file}"], "docs: expected a folder that can be written to, got '{file}': File exists"),
+        (["--docs", "{file}"], "--docs: expected a folder that can be written to, got '{file}': File exists"),
         (["--seconds", "0"], "Invalid value for '--seconds'"),
         (["--threads", str(1 + (os.cpu_count() or 1))], "Invalid value for '--threads'"),
     ],

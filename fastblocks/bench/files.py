@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["replace", "replace_text"]
+from fastblocks.bench.errors import BenchError
+
+__all__ = ["folder", "replace", "replace_text", "told_of"]
 
 
 def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -43,3 +46,31 @@ def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def replace_text(path: Path, text: str) -> None:
     """The same for a text, in UTF-8."""
     replace(path, lambda file: file.write(text.encode()))
+
+
+def folder(path: str | Path, option: str) -> Path:
+    """A folder that files can be written to, made if there is none.
+
+    Raises:
+        BenchError: it cannot be made or written to; the message begins with the `option` that named it.
+    """
+    made = Path(path)
+    try:
+        made.mkdir(parents=True, exist_ok=True)
+        probe = made / ".writable.part"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BenchError(
+            f"{option}: expected a folder that can be written to, got {str(path)!r}: {error.strerror or error}"
+        ) from error
+    return made
+
+
+@contextmanager
+def told_of(option: str, path: str | Path) -> Iterator[None]:
+    """A file that cannot be written after all (a full disk, a device in its place) as a BenchError."""
+    try:
+        yield
+    except OSError as error:
+        raise BenchError(f"{option}: cannot write to {str(path)!r}: {error.strerror or error}") from error

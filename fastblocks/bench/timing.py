@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["interleaved", "speed_up"]
+import torch
+from torch import Tensor
+
+__all__ = ["AGREEMENT", "difference", "interleaved", "quartiles", "speed_up"]
+
+AGREEMENT = 1e-4
+"""Of the largest value: ten times what another order of float32 sums makes."""
 
 WARM_UP = 3
 
@@ -37,3 +43,25 @@ def speed_up(slow: list[float], fast: list[float]) -> float:
     2.0
     """
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Lower quartile, median and upper quartile, with six digits.
+
+    Example:
+        >>> quartiles([1.0, 2.0, 3.0, 4.0, 5.0]), quartiles([7.0])
+        ([2.0, 3.0, 4.0], [7.0, 7.0, 7.0])
+    """
+    found = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * list(values)
+    return [float(f"{value:.6g}") for value in found]
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """How far two tensors lie apart at most, as a share of the largest expected value.
+
+    Example:
+        >>> difference(torch.tensor([1.0, 3.0]), torch.tensor([1.0, -4.0])), difference(torch.zeros(2), torch.zeros(2))
+        (1.75, 0.0)
+    """
+    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return float((found - expected).abs().max() / scale)

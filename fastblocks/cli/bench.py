@@ -71,6 +71,7 @@ def bench(
 
     need("bench", "the page", "matplotlib", "jinja2")
     from fastblocks.bench import machine
+    from fastblocks.bench.files import folder
     from fastblocks.bench.peers import PEERS
     from fastblocks.bench.peers.contest import Contest, hold
     from fastblocks.bench.peers.show import write_files
@@ -82,7 +83,7 @@ def bench(
         if name not in PEERS:
             raise click.UsageError(f"--peers: no contender {name!r}, expected some of {', '.join(PEERS)}")
     _check_models(models)
-    _check_folder(out)
+    folder(out, "--out")  # before minutes of measuring, not after
     with progress() as tell:
         if setup_peers:
             _set_up(names, tell)
@@ -110,16 +111,6 @@ def _check_models(models: tuple[str, ...]) -> None:
     for model in models:
         if model not in names():
             raise click.UsageError(f"no network {model!r}, expected some of {', '.join(names())}")
-
-
-def _check_folder(out: Path) -> None:
-    """Before minutes of measuring, not after."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.UsageError(f"--out: cannot make {out} ({error.strerror or error})") from error
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise click.UsageError(f"--out: cannot write to {out} (permission denied)")
 
 
 def _set_up(names: tuple[str, ...], tell: Any) -> None:

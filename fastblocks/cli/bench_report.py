@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastblocks.bench.peers import TORCH
+from fastblocks.bench.words import counted, digits, torch_version
 
 __all__ = ["print_bench", "progress"]
 
@@ -29,8 +30,8 @@ def print_bench(result: Mapping[str, Any], files: Sequence[Path]) -> None:
     """Print a table a contest, who was left out and why, and where the files are."""
     console = Console(highlight=False)
     for contest in result["contests"]:
-        threads = contest["threads"]
-        how = f", batch {contest['batch']}, {threads} thread{'s' * (threads != 1)}, {contest['rounds']} rounds"
+        threads, rounds = counted(contest["threads"], "thread"), counted(contest["rounds"], "round")
+        how = f", batch {contest['batch']}, {threads}, {rounds}"
         console.print(Text.assemble((contest["model"], "bold"), (how, "dim")))
         console.print(_table(contest))
         for name, reason in contest["left_out"].items():
@@ -43,7 +44,7 @@ def print_bench(result: Mapping[str, Any], files: Sequence[Path]) -> None:
     facts = result["facts"]
     note = "ratio: fastblocks' time divided by the row's; of peak: multiply-adds against the machine's limit"
     console.print(Text(note, "dim"))
-    console.print(Text(f"{facts['cpu']}, torch {facts['torch']}, {facts['date']}", "dim"))
+    console.print(Text(f"{facts['cpu']}, torch {torch_version(facts)}, {facts['date']}", "dim"))
     for file in files:
         console.print(Text(str(file), "dim"), soft_wrap=True)
 
@@ -60,14 +61,10 @@ def _table(contest: Mapping[str, Any]) -> Table:
         ratio = Text("" if takes is None else f"{takes:.3f}", "red" if takes is not None and takes > 1 else "")
         table.add_row(
             name,
-            _number(row["milliseconds"]),
-            f"{_number(low)}-{_number(high)}",
+            digits(row["milliseconds"]),
+            f"{digits(low)}-{digits(high)}",
             ratio,
             f"{100 * row['share_of_peak']:.0f} %",
             style="bold green" if row["name"] == "fastblocks" else "",
         )
     return table
-
-
-def _number(milliseconds: float) -> str:
-    return f"{milliseconds:.2f}" if milliseconds < 100 else f"{milliseconds:.0f}"

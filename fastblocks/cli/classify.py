@@ -17,14 +17,12 @@ from torch import Tensor, nn
 import fastblocks
 from fastblocks.bench.machine import cpu_name
 from fastblocks.bench.stock import stock_model
-from fastblocks.bench.timing import interleaved, speed_up
+from fastblocks.bench.timing import AGREEMENT, difference, interleaved, speed_up
 from fastblocks.cli.errors import Disagreement, UserError
 from fastblocks.cli.photo import Photo, default_photo, preprocess, read_photo
 from fastblocks.models.weights import IMAGENET, WeightsError, load_state_dict
 
 __all__ = ["class_names", "classify"]
-
-AGREEMENT = 1e-4  # of the largest logit: ten times what another order of float32 sums makes
 
 
 def classify(
@@ -104,8 +102,7 @@ def _compare(network: nn.Module, inputs: list[Tensor], logits: list[Tensor], rou
     weights = network.state_dict()
     eager, channels_last = stock_model(weights), stock_model(weights, torch.channels_last)
     expected = [eager(x) for x in inputs]
-    differences = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(logits, expected, strict=True)]
-    worst = max(differences)
+    worst = max(map(difference, logits, expected))
     if not worst <= AGREEMENT:
         raise Disagreement(
             f"{worst:.1e} of the largest logit lies between fastblocks and torch, allowed is {AGREEMENT:.0e}"

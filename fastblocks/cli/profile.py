@@ -111,8 +111,7 @@ def _check_files(html_file: str | None, plot_file: str | None, rounds: int) -> N
 def _write_files(result: Row, html_file: str | None, plot_file: str | None) -> None:
     from pathlib import Path
 
-    from fastblocks.bench.errors import BenchError
-    from fastblocks.bench.files import replace, replace_text
+    from fastblocks.bench.files import replace, replace_text, told_of
 
     if html_file is None and plot_file is None:
         return
@@ -121,14 +120,12 @@ def _write_files(result: Row, html_file: str | None, plot_file: str | None) -> N
     for option, file in (("--html", html_file), ("--plot", plot_file)):
         if file is None:
             continue
-        try:
+        with told_of(option, file):
             if option == "--html":
                 replace_text(Path(file), page.html(result))
             else:
                 picture = page.roofline(result).light
                 replace(Path(file), lambda opened, picture=picture: opened.write(picture))  # type: ignore[misc]
-        except OSError as error:
-            raise BenchError(f"{option} {file!r}: cannot be written ({error.strerror or error})") from error
         click.echo(f"written: {file}", err=True)
 
 
@@ -152,6 +149,7 @@ def print_profile(result: Row) -> None:
     from rich.text import Text
 
     from fastblocks.bench.profile import columns as shown
+    from fastblocks.bench.words import torch_version
 
     console = Console(highlight=False)
     console.print(Text.assemble((result["model"], "bold"), (f"  {shown.headline(result)}", "dim")))
@@ -164,8 +162,7 @@ def print_profile(result: Row) -> None:
         "", _advice_table(result) if result["advice"] else Text("advice: the guidelines find nothing to better")
     )
     facts = result["machine"]
-    torch_version = facts["torch"].partition("+")[0]
-    console.print(Text(f"torch {torch_version}, {facts['cpu']}, {facts['date']}", "dim"))
+    console.print(Text(f"torch {torch_version(facts)}, {facts['cpu']}, {facts['date']}", "dim"))
 
 
 def _network_table(times: Sequence[tuple[str, float, float | None]]) -> Table:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastblocks.bench.words import counted, torch_version
+
 __all__ = ["print_classification", "print_info", "print_json", "print_warmup"]
 
 BAR = 24  # characters of a probability of 1
@@ -29,14 +31,13 @@ def print_classification(result: Mapping[str, Any]) -> None:
         console.print(Text.assemble((photo["photo"], "bold"), (f", {width} x {height}", "dim")))
         console.print(_labels_table(photo["labels"], "#" if console.options.ascii_only else "━"), "")
     if timing := result.get("timing"):
-        how = f", {_count(result['threads'], 'thread')}, median of {_count(timing['rounds'], 'interleaved round')}"
+        how = f", {counted(result['threads'], 'thread')}, median of {counted(timing['rounds'], 'interleaved round')}"
         console.print(Text.assemble(("time an image", "bold"), (how, "dim")))
         console.print(_times_table(timing["rows"], result["backend"]), "")
     if "largest_difference" in result:
         worst = f"{result['largest_difference']:.1e}"
         console.print(Text.assemble("largest difference of the logits: ", (worst, "bold"), " of the largest logit"))
-    torch_version = result["torch"].partition("+")[0]  # without the build tag
-    facts = [f"{result['model']}, weights: {result['weights']}", f"torch {torch_version}", result["cpu"]]
+    facts = [f"{result['model']}, weights: {result['weights']}", f"torch {torch_version(result)}", result["cpu"]]
     console.print(Text(", ".join(facts), style="dim"))
 
 
@@ -86,7 +87,7 @@ def print_warmup(result: Mapping[str, Any]) -> None:
     """Print what a warm-up did, in a line."""
     console = Console(highlight=False)
     known = result["kernels"] - result["compiled"]
-    done = f"{_count(result['compiled'], 'kernel')} compiled for {result['cpu']}, {known} were there"
+    done = f"{counted(result['compiled'], 'kernel')} compiled for {result['cpu']}, {known} were there"
     where = f"kept in {result['cache']}" if result["cache"] else "not kept: no directory for them can be written"
     text = Text.assemble((done, "bold"), f", {result['seconds']:.1f} s; {where}")
     console.print(text, soft_wrap=True)
@@ -96,10 +97,6 @@ def _backend_phrase(backend: Mapping[str, Any]) -> str:
     """The backend in a word or two: "native x86_64_v3", or "reference"."""
     native = backend["backend"] == "native" and backend.get("isa")
     return f"native {backend['isa']}" if native else str(backend["backend"])
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _table(show_header: bool = True) -> Table:

@@ -67,12 +67,13 @@ def study(
     from fastblocks.cli.errors import need
 
     need("bench", "the page", "matplotlib", "jinja2")
+    from fastblocks.bench.files import folder
     from fastblocks.bench.study import output
     from fastblocks.bench.study.run import chosen
     from fastblocks.cli.report import print_json
 
     chosen(only)
-    folders = [output.folder(path, name) for path, name in ((out, "out"), (docs, "docs")) if path is not None]
+    folders = [folder(path, name) for path, name in ((out, "--out"), (docs, "--docs")) if path is not None]
     if threads is not None:
         torch.set_num_threads(threads)
     result = output.read(load) if load else _measured(only, seconds)
@@ -113,12 +114,14 @@ def _print(result: dict[str, Any], pages: list[str]) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from fastblocks.bench.words import counted, torch_version
+
     console = Console(highlight=False)
     facts = result["facts"]
     console.print(_table(result["claims"]), "")
     console.print(_reasons(result["claims"]), "")
-    threads = f"{facts['threads']} thread{'s' * (facts['threads'] != 1)}"
-    words = (facts.get("machine", facts["cpu"]), threads, f"torch {facts['torch'].partition('+')[0]}", facts["date"])
+    threads = counted(facts["threads"], "thread")
+    words = (facts.get("machine", facts["cpu"]), threads, f"torch {torch_version(facts)}", facts["date"])
     console.print(Text(", ".join(words), style="dim"))
     for page in pages:
         console.print(Text(page, "bold"), soft_wrap=True)

@@ -18,6 +18,7 @@ from fastblocks.bench.peers import ENGINES, PEERS, worker
 from fastblocks.bench.peers.environments import python_of
 from fastblocks.bench.peers.problem import cost, write_problem
 from fastblocks.bench.process import Peer, environment
+from fastblocks.bench.timing import quartiles
 
 __all__ = ["TOLERANCE", "Contest", "hold", "summarise"]
 
@@ -141,7 +142,7 @@ def summarise(
                 "title": PEERS[name].title,
                 "version": row.version,
                 "milliseconds": statistics.median(times),
-                "quartiles": _quartiles(times),
+                "quartiles": quartiles(times)[::2],
                 "fastblocks_takes": None if ours is None or name == "fastblocks" else _ratio(ours, times),
                 "share_of_peak": statistics.median(shares),
                 "difference": row.error,
@@ -166,10 +167,3 @@ def summarise(
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-
-
-def _quartiles(times: Sequence[float]) -> list[float]:
-    if len(times) < 2:
-        return [times[0], times[0]]
-    first, _, third = statistics.quantiles(times, n=4, method="inclusive")
-    return [first, third]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 from matplotlib.figure import Figure as Drawing
 
 from fastblocks.bench.charts import Picture, Theme, draw, tidy
-from fastblocks.bench.errors import BenchError
-from fastblocks.bench.files import replace_text
+from fastblocks.bench.files import folder, replace_text, told_of
 from fastblocks.bench.page import Figure, Section, Table, Text, render_page
 from fastblocks.bench.peers import TORCH
+from fastblocks.bench.words import counted, digits, stem
 
 __all__ = ["chart", "file_stem", "page", "write_files"]
 
@@ -35,32 +34,27 @@ def file_stem(result: Mapping[str, Any]) -> str:
         >>> file_stem({"facts": facts, "contests": [{"model": "mobilenet_v2", "batch": 1, "threads": 2}]})
         'bench-mobilenet_v2-batch1-2threads-amd-epyc-7-torch2.14.1-2026-11-24'
     """
-    contests, facts = result["contests"], result["facts"]
+    contests = result["contests"]
     models = list(dict.fromkeys(contest["model"] for contest in contests))
     batches = list(dict.fromkeys(contest["batch"] for contest in contests))
     which = models[0] if len(models) == 1 else f"{len(models)}networks"
-    cpu = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
-    version = facts["torch"].partition("+")[0]
     images = "+".join(map(str, batches))
-    return f"bench-{which}-batch{images}-{contests[0]['threads']}threads-{cpu}-torch{version}-{facts['date']}"
+    return stem(["bench", which, f"batch{images}", f"{contests[0]['threads']}threads"], result["facts"])
 
 
-def write_files(result: Mapping[str, Any], folder: Path) -> list[Path]:
+def write_files(result: Mapping[str, Any], out: Path) -> list[Path]:
     """Write the JSON, the page and the charts; returns their paths.
 
     Raises:
         BenchError: the folder cannot be written to.
     """
     picture = chart(result)
-    stem = folder / file_stem(result)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        written = [stem.with_name(f"{stem.name}.json"), stem.with_name(f"{stem.name}.html")]
+    path = folder(out, "--out") / file_stem(result)
+    with told_of("--out", out):
+        written = [path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.html")]
         replace_text(written[0], json.dumps(result, indent=1) + "\n")
         replace_text(written[1], page(result, picture))
-        return [*written, *picture.save(stem)]
-    except OSError as error:
-        raise BenchError(f"out: cannot write to {folder} ({error.strerror or error})") from error
+        return [*written, *picture.save(path)]
 
 
 def page(result: Mapping[str, Any], picture: Picture) -> str:
@@ -92,7 +86,7 @@ def chart(result: Mapping[str, Any]) -> Picture:
             times = [row["milliseconds"] / contest["batch"] for row in rows]
             colours = [_colour(row["name"], theme) for row in rows]
             bars = axes.barh([row["title"] for row in rows], times, color=colours, height=0.7)
-            axes.bar_label(bars, [_number(time) for time in times], padding=4, color=theme.ink, fontsize=9)
+            axes.bar_label(bars, [digits(time) for time in times], padding=4, color=theme.ink, fontsize=9)
             for label, row in zip(axes.get_yticklabels(), rows, strict=True):
                 if row["name"] == "fastblocks":
                     label.set_fontweight("bold")
@@ -113,18 +107,13 @@ def _colour(name: str, theme: Theme) -> str:
     return theme.torch if name in TORCH else theme.others[0]
 
 
-def _number(time: float) -> str:
-    return f"{time:.2f}" if time < 10 else f"{time:.1f}"
-
-
 def _heading(contest: Mapping[str, Any]) -> str:
-    threads = contest["threads"]
-    return f"{contest['model']}, batch {contest['batch']}, {threads} thread{'s' * (threads != 1)}"
+    return f"{contest['model']}, batch {contest['batch']}, {counted(contest['threads'], 'thread')}"
 
 
 def _caption(result: Mapping[str, Any]) -> str:
-    rounds = result["contests"][0]["rounds"]
-    return f"Median time an image; green is fastblocks, grey torch, blue the inference engines. {rounds} rounds."
+    rounds = counted(result["contests"][0]["rounds"], "round")
+    return f"Median time an image; green is fastblocks, grey torch, blue the inference engines. {rounds}."
 
 
 def _sentence(result: Mapping[str, Any]) -> str:
@@ -146,8 +135,8 @@ def _table(contest: Mapping[str, Any]) -> Table:
         cells = (
             row["title"],
             row["version"],
-            _number(row["milliseconds"]),
-            f"{_number(low)} to {_number(high)}",
+            digits(row["milliseconds"]),
+            f"{digits(low)} to {digits(high)}",
             "" if takes is None else f"{takes:.2f} of it",
             f"{100 * row['share_of_peak']:.0f} %",
             f"{row['difference']:.0e}",

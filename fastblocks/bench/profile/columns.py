@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastblocks.bench.profile.timing import FUSED
+from fastblocks.bench.words import counted, digits
 
 __all__ = [
     "Column",
@@ -59,10 +60,10 @@ def time_columns(result: Row) -> list[Column]:
     if result["network"] is None:
         return []
     best, fused = result["network"]["best"], FUSED in result["network"]["seconds"]
-    digits = 2 if result["network"]["seconds"][best] >= 0.1 else 3
+    places = 2 if result["network"]["seconds"][best] >= 0.1 else 3
 
     def time(side: str) -> Callable[[Row], str]:
-        return lambda row: _known(row, side, lambda seconds: f"{1e3 * seconds:.{digits}f}")
+        return lambda row: _known(row, side, lambda seconds: f"{1e3 * seconds:.{places}f}")
 
     def share(side: str) -> Callable[[Row], str]:
         return lambda row: _known(row, side, lambda seconds: f"{100 * row['roofline_seconds'] / seconds:.0f}")
@@ -89,20 +90,19 @@ def _known(row: Row, side: str, shown: Callable[[float], str]) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits, and not more than three behind the point.
+    """A time with three digits.
 
-    >>> milliseconds(0.0123456), milliseconds(0.00123456), milliseconds(1.23456), milliseconds(1e-6)
-    ('12.3 ms', '1.23 ms', '1235 ms', '0.001 ms')
+    Example:
+        >>> milliseconds(0.0123456), milliseconds(1.23456)
+        ('12.3 ms', '1,235 ms')
     """
-    ms = 1e3 * seconds
-    digits = 0 if ms >= 100 else 1 if ms >= 10 else 2 if ms >= 1 else 3
-    return f"{ms:.{digits}f} ms"
+    return f"{digits(1e3 * seconds)} ms"
 
 
 def headline(result: Row) -> str:
     """What was profiled, in a line."""
     batch, channels, height, width = result["input"]
-    threads = f"{result['threads']} thread{'s' * (result['threads'] != 1)}"
+    threads = counted(result["threads"], "thread")
     return f"{result['class']} of {result['source']}, input {batch} x {channels} x {height} x {width}, {threads}"
 
 
@@ -138,7 +138,7 @@ def notes(result: Row) -> list[str]:
         parts = " and ".join(f"{milliseconds(seconds)} ({name})" for name, seconds in sums.items())
         found.append(
             f"Each block ran by itself, on the input that it has in the network; they sum to {parts}. The total's time "
-            f"is the whole network's. Medians of {result['rounds']} interleaved round{'s' * (result['rounds'] != 1)}."
+            f"is the whole network's. Medians of {counted(result['rounds'], 'interleaved round')}."
         )
     found += [
         f"{row['name']} does not run by itself ({row['why_not_timed']})."

@@ -17,12 +17,11 @@ from fastblocks.analysis import Operator, count
 from fastblocks.bench.errors import BenchError
 from fastblocks.bench.profile.blocks import tensors
 from fastblocks.bench.profile.loading import Subject, calm, one_line
-from fastblocks.bench.timing import interleaved
+from fastblocks.bench.timing import AGREEMENT, difference, interleaved
 
 __all__ = ["CHANNELS_LAST", "FUSED", "STOCK", "Side", "Times", "call_overhead", "operator_times", "race", "sides"]
 
 STOCK, CHANNELS_LAST, FUSED = "torch NCHW", "torch channels_last", "fastblocks"
-AGREEMENT = 1e-4  # of the largest value: ten times what another order of float32 sums makes
 OPERATOR_ROUNDS = 10
 OVERHEAD_ROUNDS = 50
 
@@ -131,10 +130,10 @@ def _compare(name: str, ours: Any, theirs: Any) -> None:
     for a, b in zip(tensors(ours), tensors(theirs), strict=True):
         if not (b.is_floating_point() and b.numel()):
             continue
-        difference = float((a - b).abs().max() / b.abs().max().clamp_min(torch.finfo(b.dtype).tiny))
-        if not difference <= AGREEMENT:
+        off = difference(a, b)
+        if not off <= AGREEMENT:
             raise BenchError(
-                f"{name}: {difference:.1e} of the largest value lies between fastblocks and torch, allowed is "
+                f"{name}: {off:.1e} of the largest value lies between fastblocks and torch, allowed is "
                 f"{AGREEMENT:.0e}; this is a fault of fastblocks, please report it"
             )
 

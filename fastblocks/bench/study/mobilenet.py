@@ -18,7 +18,8 @@ from fastblocks.bench.study.counting import by_kind, operations
 from fastblocks.bench.study.kinds import time_by_kind
 from fastblocks.bench.study.networks import seeded
 from fastblocks.bench.study.pictures import bars, shares
-from fastblocks.bench.study.timing import Pair, busy, quartiles, spread, timed
+from fastblocks.bench.study.timing import Pair, busy, spread, timed
+from fastblocks.bench.timing import quartiles
 from fastblocks.functional import ConvBN, depthwise_separable
 
 __all__ = ["CLAIMS"]

@@ -18,6 +18,7 @@ from fastblocks.bench.study.claim import Claim, Data, Summary, outcome
 from fastblocks.bench.study.counting import operations
 from fastblocks.bench.study.networks import seeded
 from fastblocks.bench.study.pictures import bars, clouds
+from fastblocks.bench.words import counted
 from fastblocks.functional import ConvBN, pointwise_conv_bn_act
 
 __all__ = ["CLAIMS", "embed"]
@@ -208,7 +209,7 @@ def _tables_memory(data: Data) -> list[Table]:
     lines.append(("as one operator", f"{data['fused'] / 1e6:.2f}"))
     for threads, found in data["scratch"].items():
         if found:
-            lines.append((f"the kernel's scratch, {_threads(threads)}", f"{found['scratch'] / 1e6:.2f}"))
+            lines.append((f"the kernel's scratch, {counted(int(threads), 'thread')}", f"{found['scratch'] / 1e6:.2f}"))
     lines.append(("the expanded tensor", f"{data['expanded'] / 1e6:.2f}"))
     first = Table(("16-96-24, stride 2, 112x112, float32", "MB"), lines, strong=[len(data["operators"])])
     rows = [
@@ -222,17 +223,13 @@ def _tables_memory(data: Data) -> list[Table]:
     return [first, Table(("between blocks, 16 bits", "channels", "KB", "paper: channels", "paper: KB"), rows)]
 
 
-def _threads(count: str) -> str:
-    return f"{count} thread{'s' * (count != '1')}"
-
-
 def _picture_memory(data: Data) -> Picture:
     kinds = ("expansion, 1x1", "depthwise 3x3", "projection, 1x1")
     rows = {name: {"torch": each["bytes"] / 1e6} for name, each in zip(kinds, data["operators"].values(), strict=True)}
     rows["all three as one"] = {"fastblocks": data["fused"] / 1e6}
     for threads, found in data["scratch"].items():
         if found:
-            rows[f"its scratch, {_threads(threads)}"] = {"fastblocks": found["scratch"] / 1e6}
+            rows[f"its scratch, {counted(int(threads), 'thread')}"] = {"fastblocks": found["scratch"] / 1e6}
     alt = "Bars: megabytes of input and output of each operator of a 16-96-24 block, and of the block as one operator"
     return bars({"": rows}, "MB", alt)
 

@@ -10,34 +10,16 @@ from typing import Any
 
 from fastblocks.bench.charts import Picture
 from fastblocks.bench.errors import BenchError
-from fastblocks.bench.files import replace_text
+from fastblocks.bench.files import folder, replace_text, told_of
 from fastblocks.bench.page import Figure, Section, Table, Text, render_page
 from fastblocks.bench.study.claim import Claim
 from fastblocks.bench.study.run import CLAIMS, FORMAT, verdict
+from fastblocks.bench.words import counted, stem, torch_version
 
-__all__ = ["folder", "read", "write", "write_docs"]
+__all__ = ["read", "write", "write_docs"]
 
 TITLE = "The papers' claims, measured"
 Result = dict[str, Any]
-
-
-def folder(path: str, option: str) -> Path:
-    """A folder that files can be written to, made if there is none.
-
-    Raises:
-        BenchError: it cannot be made or written to.
-    """
-    made = Path(path)
-    try:
-        made.mkdir(parents=True, exist_ok=True)
-        probe = made / ".writable.part"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise BenchError(
-            f"{option}: expected a folder that can be written to, got {path!r}: {error.strerror}"
-        ) from error
-    return made
 
 
 def read(path: str) -> Result:
@@ -55,7 +37,7 @@ def read(path: str) -> Result:
                 entry |= verdict(claim, entry["measured"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or "it is no study's JSON"
-        raise BenchError(f"load: expected the JSON file of an earlier study, got {path!r}: {reason}") from error
+        raise BenchError(f"--load: expected the JSON file of an earlier study, got {path!r}: {reason}") from error
     return result
 
 
@@ -64,26 +46,35 @@ def write(result: Result, out: Path) -> list[Path]:
 
     Returns:
         The paths, JSON and page first. A study of a few claims has their names in its files' names.
+
+    Raises:
+        BenchError: a file cannot be written.
     """
-    stem = _stem(result)
-    paths = [out / f"{stem}.json", out / f"{stem}.html"]
+    name = _stem(result)
+    paths = [out / f"{name}.json", out / f"{name}.html"]
     pictures = _pictures(result)
-    replace_text(paths[0], _json(result))
-    replace_text(paths[1], _page(result, pictures))
-    for key, picture in pictures.items():
-        paths += picture.save(out / f"{stem}-{key}")
+    with told_of("--out", out):
+        replace_text(paths[0], _json(result))
+        replace_text(paths[1], _page(result, pictures))
+        for key, picture in pictures.items():
+            paths += picture.save(out / f"{name}-{key}")
     return paths
 
 
 def write_docs(result: Result, docs: Path) -> list[Path]:
-    """Write a page of documentation, ``study.md``, and into ``study/`` the JSON file and charts of stable names."""
-    below = folder(str(docs / "study"), "docs")
+    """Write a page of documentation, ``study.md``, and into ``study/`` the JSON file and charts of stable names.
+
+    Raises:
+        BenchError: a file cannot be written.
+    """
+    below = folder(docs / "study", "--docs")
     pictures = _pictures(result)
     paths = [docs / "study.md", below / "study.json"]
-    replace_text(paths[1], _json(result))
-    for key, picture in pictures.items():
-        paths += picture.save(below / key)
-    replace_text(paths[0], "\n".join(_markdown(result, {key: picture.alt for key, picture in pictures.items()})))
+    with told_of("--docs", docs):
+        replace_text(paths[1], _json(result))
+        for key, picture in pictures.items():
+            paths += picture.save(below / key)
+        replace_text(paths[0], "\n".join(_markdown(result, {key: picture.alt for key, picture in pictures.items()})))
     return paths
 
 
@@ -100,10 +91,8 @@ def _entries(result: Mapping[str, Any]) -> Iterator[tuple[Claim, dict[str, Any]]
 
 
 def _stem(result: Mapping[str, Any]) -> str:
-    facts = result["facts"]
-    cpu = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
     keys = [] if len(result["claims"]) == len(CLAIMS) else list(result["claims"])
-    return "-".join(["study", *keys, cpu, f"{_torch(facts).replace(' ', '')}", facts["date"]])
+    return stem(["study", *keys], result["facts"])
 
 
 def _pictures(result: Mapping[str, Any]) -> dict[str, Picture]:
@@ -122,16 +111,12 @@ def _page(result: Mapping[str, Any], pictures: Mapping[str, Picture]) -> str:
             blocks += claim.tables(entry["measured"])
         blocks.append(Text(f"How: {claim.method}", "note"))
         sections.append(Section(claim.title, blocks))
-    subtitle = f"{_machine(facts)}, {_torch(facts)}, {facts['date']}; medians of interleaved rounds"
+    subtitle = f"{_machine(facts)}, torch {torch_version(facts)}, {facts['date']}; medians of interleaved rounds"
     return render_page(TITLE, subtitle, sections, facts)
 
 
 def _machine(facts: Mapping[str, Any]) -> str:
-    return f"{facts.get('machine', facts['cpu'])}, {facts['threads']} thread{'s' * (facts['threads'] != 1)}"
-
-
-def _torch(facts: Mapping[str, Any]) -> str:
-    return f"torch {facts['torch'].partition('+')[0]}"  # without the build tag
+    return f"{facts.get('machine', facts['cpu'])}, {counted(facts['threads'], 'thread')}"
 
 
 def _overview(result: Mapping[str, Any]) -> Table:
@@ -151,7 +136,8 @@ def _sentence(entry: Mapping[str, Any]) -> str:
 def _markdown(result: Mapping[str, Any], alts: Mapping[str, str]) -> Iterator[str]:
     facts = result["facts"]
     yield f"# {TITLE}\n"
-    yield (f"Measured on {facts['date']}: {_machine(facts)}, {_torch(facts)}, fastblocks {facts['fastblocks']}.")
+    versions = f"torch {torch_version(facts)}, fastblocks {facts['fastblocks']}"
+    yield f"Measured on {facts['date']}: {_machine(facts)}, {versions}."
     yield "Medians of interleaved rounds. `fastblocks study` measures the same on your machine; this page, its numbers"
     yield "and its charts were written by it.\n"
     yield from _markdown_table(_overview(result))

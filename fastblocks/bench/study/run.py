@@ -64,5 +64,5 @@ def chosen(keys: Sequence[str]) -> list[Claim]:
     known = [claim.key for claim in CLAIMS]
     for key in keys:
         if key not in known:
-            raise BenchError(f"only: no claim {key!r}, expected some of {', '.join(known)}")
+            raise BenchError(f"--only: no claim {key!r}, expected some of {', '.join(known)}")
     return [claim for claim in CLAIMS if not keys or claim.key in keys]

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fastblocks.bench.errors import BenchError
-from fastblocks.bench.timing import interleaved, speed_up
+from fastblocks.bench.timing import AGREEMENT, difference, interleaved, quartiles, speed_up
 
-__all__ = ["AGREEMENT", "Pair", "busy", "compare", "quartiles", "rounds_for", "spread", "timed"]
+__all__ = ["Pair", "busy", "compare", "rounds_for", "spread", "timed"]
 
-AGREEMENT = 1e-4  # of the largest output: ten times what another order of float32 sums makes
 BUSY = 0.4  # of the median, between the quartiles
 FEWEST, MOST = 3, 2000  # rounds
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -41,16 +40,6 @@ def rounds_for(runners: Sequence[Run], seconds: float) -> int:
     for run in runners:
         run()
     return min(MOST, max(FEWEST, int(seconds / (2 * (time.perf_counter() - start)))))
-
-
-def quartiles(values: Sequence[float]) -> list[float]:
-    """Lower quartile, median and upper quartile.
-
-    Example:
-        >>> quartiles([1.0, 2.0, 3.0, 4.0, 5.0])
-        [2.0, 3.0, 4.0]
-    """
-    return [float(f"{value:.6g}") for value in statistics.quantiles(values, n=4, method="inclusive")]
 
 
 def spread(found: Sequence[float]) -> float:
@@ -83,7 +72,7 @@ def timed(pairs: Mapping[str, Pair], seconds: float) -> tuple[dict[str, dict[str
         plain.eval(), ours.eval()
         with torch.no_grad():
             expected, found = plain(x), ours(x)
-        off = float((found - expected).abs().max() / expected.abs().max())
+        off = difference(found, expected)
         if not off <= AGREEMENT:
             raise BenchError(f"{name}: fastblocks and torch differ by {off:.1e} of the largest output")
         for layout, memory_format in LAYOUTS.items():
