@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import counting
 import pytest
 import torch
 from browser import console_errors, requests, screenshot
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastblocks
 
@@ -75,13 +75,20 @@ def test_these_are_the_claims() -> None:
         (shufflenet.resnext_unit(64), (1, 64, 7, 7)),
     ],
 )
-def test_operations_count_what_torchs_counter_counts(module: nn.Module, size: tuple[int, ...]) -> None:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module.eval()(torch.zeros(size))
+def test_operations_are_the_layers_that_hooks_see(module: nn.Module, size: tuple[int, ...]) -> None:
+    cost, weights = counting.by_kind(module, *size)
     found = operations(module, *size)
-    assert 2 * sum(each.multiply_adds for each in found) == counter.get_total_flops()
-    assert sum(each.weights for each in found) == sum(p.numel() for p in module.parameters() if p.dim() > 1)
+    assert by_kind(found) == cost
+    assert {kind: sum(each.weights for each in found if each.kind == kind) for kind in cost} == weights
     assert next(module.parameters()).device.type == "cpu"  # a copy was counted
+
+
+def test_accesses_of_an_operation_are_its_numbers() -> None:
+    """Ma et al. 2018, section 2: what is read and written, and the weights; no bias, and no byte."""
+    convolution, linear = operations(nn.Sequential(nn.Conv2d(8, 12, 3, 2, 1, groups=4), nn.Linear(5, 7)), 2, 8, 9, 9)
+    assert (convolution.read, convolution.written, convolution.weights) == (2 * 8 * 81, 2 * 12 * 25, 12 * 2 * 9)
+    assert (linear.read, linear.written, linear.weights) == (2 * 12 * 25, 2 * 12 * 5 * 7, 35)
+    assert convolution.accesses == 2 * 8 * 81 + 2 * 12 * 25 + 12 * 2 * 9
 
 
 def test_costs_of_the_separable_convolution(quick: tuple[Path, dict[str, Any]]) -> None:

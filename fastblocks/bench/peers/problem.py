@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 import fastblocks
+from fastblocks.analysis import count
+from fastblocks.analysis.cost import total
 from fastblocks.bench.stock import stock_model
 
 __all__ = ["RESOLUTION", "cost", "write_problem"]
@@ -74,12 +76,9 @@ def cost(name: str) -> dict[str, int]:
         >>> cost("mobilenet_v2")
         {'multiply_adds': 300774272, 'parameters': 3504872}
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = fastblocks.models.create(name).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        stock_model(model.state_dict())(torch.zeros(1, 3, RESOLUTION, RESOLUTION))
+    model = fastblocks.models.create(name)
+    plain = stock_model(model.state_dict()).to("meta")
     return {
-        "multiply_adds": counter.get_total_flops() // 2,
+        "multiply_adds": total(count(plain, torch.empty(1, 3, RESOLUTION, RESOLUTION, device="meta")))["multiply_adds"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }

@@ -1,16 +1,19 @@
-"""What convolutions and linear layers cost, read off real modules as one run meets them."""
+"""What convolutions and linear layers cost, in the papers' terms: `analysis` counts, this names and sorts."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["Operation", "by_kind", "operations"]
+from fastblocks.analysis import count
+
+__all__ = ["Operation", "by_kind", "kind_of", "operations", "portions"]
 
 
 class Operation(NamedTuple):
@@ -42,28 +45,30 @@ def operations(module: nn.Module, *size: int) -> list[Operation]:
         >>> operations(nn.Conv2d(8, 16, 1), 1, 8, 4, 4)[0].multiply_adds
         2048
     """
-    found: list[Operation] = []
-    module = copy.deepcopy(module).to("meta")
-    names = {child: name for name, child in module.named_modules()}
-
-    def seen(child: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
-        each = child.weight[0].numel()  # products that one number of the output sums up
-        numbers = (out.numel() * each, args[0].numel(), out.numel(), child.weight.numel())
-        found.append(Operation(names[child], kind_of(child), *numbers))
-
-    for child in names:
-        if isinstance(child, (nn.Conv2d, nn.Linear)):
-            child.register_forward_hook(seen)
-    with torch.no_grad():
-        module.eval()(torch.empty(size, device="meta"))
+    meta = copy.deepcopy(module).to("meta").eval()
+    found = []
+    for each in count(meta, torch.empty(size, device="meta")):
+        product = each.product
+        if product is None:
+            continue
+        dense = each.name in ("mm", "addmm")
+        kind = "linear" if dense else _convolution(product.in_channels, product.groups, product.taps)
+        weights = product.out_channels * product.in_channels // product.groups * product.taps
+        numbers = (each.read // product.item, each.written // product.item, weights)
+        found.append(Operation(each.module, kind, each.multiply_adds, *numbers))
     return found
 
 
 def kind_of(layer: Any) -> str:
-    """The kind of a convolution or linear layer."""
+    """The kind of a convolution or linear layer, as `operations` has it."""
     if isinstance(layer, nn.Linear):
         return "linear"
-    return "depthwise" if layer.groups == layer.in_channels > 1 else "{}x{}".format(*layer.kernel_size)
+    return _convolution(layer.in_channels, layer.groups, math.prod(layer.kernel_size))
+
+
+def _convolution(channels: int, groups: int, taps: int) -> str:
+    side = math.isqrt(taps)
+    return "depthwise" if groups == channels > 1 else f"{side}x{side}"
 
 
 def by_kind(found: Iterable[Operation]) -> Counter[str]:
@@ -72,3 +77,14 @@ def by_kind(found: Iterable[Operation]) -> Counter[str]:
     for operation in found:
         cost[operation.kind] += operation.multiply_adds
     return cost
+
+
+def portions(values: Mapping[str, float]) -> dict[str, float]:
+    """Each value's share of their sum.
+
+    Example:
+        >>> portions({"1x1": 3, "3x3": 1})
+        {'1x1': 0.75, '3x3': 0.25}
+    """
+    whole = sum(values.values())
+    return {key: value / whole for key, value in values.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from fastblocks.bench.charts import Picture
 from fastblocks.bench.page import Table
 from fastblocks.bench.stock import stock_model
 from fastblocks.bench.study.claim import Claim, Data, Summary, outcome
-from fastblocks.bench.study.counting import by_kind, operations
+from fastblocks.bench.study.counting import by_kind, operations, portions
 from fastblocks.bench.study.kinds import time_by_kind
 from fastblocks.bench.study.networks import seeded
 from fastblocks.bench.study.pictures import bars, shares
@@ -163,15 +162,10 @@ def _measure_shares(seconds: float) -> dict[str, Any]:
     return {"multiply_adds": dict(by_kind(found)), "weights": weights} | time_by_kind(plain, network, x, seconds)
 
 
-def _share(values: Mapping[str, float]) -> dict[str, float]:
-    total = sum(values.values())
-    return {kind: value / total for kind, value in values.items()}
-
-
 def _summarise_shares(data: Data) -> Summary:
-    counted = {kind: round(100 * share, 2) for kind, share in _share(data["multiply_adds"]).items()}
+    counted = {kind: round(100 * share, 2) for kind, share in portions(data["multiply_adds"]).items()}
     same = {kind for kind, percent in PAPER_SHARES.items() if counted[kind] == percent}
-    timed_ = {who: 100 * _share(data["seconds"][who])["1x1"] for who in ("torch", "fastblocks")}
+    timed_ = {who: 100 * portions(data["seconds"][who])["1x1"] for who in ("torch", "fastblocks")}
     odd = [
         f"{kind} {counted[kind]} % where the paper prints {PAPER_SHARES[kind]}" for kind in counted if kind not in same
     ]
@@ -189,8 +183,8 @@ def _also(odd: list[str]) -> str:
 
 def _tables_shares(data: Data) -> list[Table]:
     kinds = list(data["seconds"]["torch"])
-    cost, weights = _share(data["multiply_adds"]), _share(data["weights"])
-    times = {who: _share(data["seconds"][who]) for who in ("torch", "fastblocks")}
+    cost, weights = portions(data["multiply_adds"]), portions(data["weights"])
+    times = {who: portions(data["seconds"][who]) for who in ("torch", "fastblocks")}
     headings = (
         "", "multiply-adds, M", "%", "paper, %", "weights, %", "torch, ms", "%", "fastblocks, ms", "%",
     )  # fmt: skip
@@ -215,9 +209,9 @@ def _tables_shares(data: Data) -> list[Table]:
 
 def _picture_shares(data: Data) -> Picture:
     rows = {
-        "multiply-adds": _share(data["multiply_adds"]),
-        "time in torch": _share(data["seconds"]["torch"]),
-        "time in fastblocks": _share(data["seconds"]["fastblocks"]),
+        "multiply-adds": portions(data["multiply_adds"]),
+        "time in torch": portions(data["seconds"]["torch"]),
+        "time in fastblocks": portions(data["seconds"]["fastblocks"]),
     }
     return shares(rows, "Bars: shares of each kind of layer in MobileNet's multiply-adds and in the time of each")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastblocks.bench.charts import Picture
 from fastblocks.bench.page import Table
 from fastblocks.bench.study.claim import Claim, Data, Summary, outcome
-from fastblocks.bench.study.counting import by_kind, operations
+from fastblocks.bench.study.counting import by_kind, operations, portions
 from fastblocks.bench.study.kinds import time_by_kind
 from fastblocks.bench.study.networks import seeded
 from fastblocks.bench.study.pictures import bits, shares
@@ -54,13 +54,9 @@ def _measure_resnext(seconds: float) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def _share(values: Any) -> dict[str, float]:
-    return {kind: value / sum(values.values()) for kind, value in values.items()}
-
-
 def _summarise_resnext(data: Data) -> Summary:
-    counted = [round(100 * _share(row["multiply_adds"])["1x1"], 1) for row in data["rows"].values()]
-    in_time = [100 * _share(row["seconds"]["torch"])["1x1"] for row in data["rows"].values()]
+    counted = [round(100 * portions(row["multiply_adds"])["1x1"], 1) for row in data["rows"].values()]
+    in_time = [100 * portions(row["seconds"]["torch"])["1x1"] for row in data["rows"].values()]
     found = " and ".join(f"{percent}" for percent in sorted(set(counted)))
     words = (
         f"{found} % of the multiply-adds in all {len(counted)} sizes of unit; in torch they take "
@@ -75,9 +71,9 @@ def _tables_resnext(data: Data) -> list[Table]:
         (
             name,
             *(f"{row['multiply_adds'][kind] / 1e6:.2f}" for kind in ("1x1", "3x3")),
-            f"{100 * _share(row['multiply_adds'])['1x1']:.2f}",
+            f"{100 * portions(row['multiply_adds'])['1x1']:.2f}",
             f"{PAPER_SHARE}",
-            f"{100 * _share(row['seconds']['torch'])['1x1']:.1f}",
+            f"{100 * portions(row['seconds']['torch'])['1x1']:.1f}",
         )
         for name, row in data["rows"].items()
     ]
@@ -88,8 +84,8 @@ def _picture_resnext(data: Data) -> Picture:
     rows = {}
     for name, row in data["rows"].items():
         channels = name.split()[0]
-        rows[f"{channels}: multiply-adds"] = _share(row["multiply_adds"])
-        rows[f"{channels}: time in torch"] = _share(row["seconds"]["torch"])
+        rows[f"{channels}: multiply-adds"] = portions(row["multiply_adds"])
+        rows[f"{channels}: time in torch"] = portions(row["seconds"]["torch"])
     return shares(rows, "Bars: shares of 1x1 and 3x3 convolutions in a ResNeXt unit, multiply-adds and time")
 
 
