@@ -59,7 +59,7 @@ def folder(path: str | Path, option: str) -> Path:
         made.mkdir(parents=True, exist_ok=True)
         probe = made / ".writable.part"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise BenchError(
             f"{option}: expected a folder that can be written to, got {str(path)!r}: {error.strerror or error}"

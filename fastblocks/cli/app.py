@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import click
 
 import fastblocks
 from fastblocks.bench.errors import BenchError
+from fastblocks.cli import options
 from fastblocks.cli.bench import bench
 from fastblocks.cli.profile import profile
 from fastblocks.cli.study import study
@@ -50,19 +50,12 @@ def cli(context: click.Context) -> None:
 @click.option(
     "--weights", type=click.Path(), metavar="FILE", help="A .pth or .safetensors file.  [default: ImageNet's]"
 )
-@click.option("--threads", type=click.IntRange(1, os.cpu_count()), metavar="N", help="CPU threads.  [default: torch's]")
-@click.option(
-    "--rounds",
-    type=click.IntRange(0, 10_000),
-    default=30,
-    show_default=True,
-    metavar="N",
-    help="Timing rounds; 0: no timing.",
-)
+@options.threads
+@options.rounds(30, "no timing")
 @click.option(
     "--top", type=click.IntRange(1, 1000), default=5, show_default=True, metavar="K", help="How many labels a photo."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@options.as_json("tables")
 def classify(
     photos: tuple[str, ...], model: str, weights: str | None, threads: int | None, rounds: int, top: int, as_json: bool
 ) -> None:
@@ -79,7 +72,7 @@ def classify(
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@options.as_json("a table")
 def info(as_json: bool) -> None:
     """Show which kernels run here, on what, and why."""
     from fastblocks.cli.info import collect
@@ -89,7 +82,7 @@ def info(as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a line.")
+@options.as_json("a line")
 def warmup(as_json: bool) -> None:
     """Compile the numba tier's kernels ahead of their first use.
 
@@ -137,7 +130,7 @@ def warmup(as_json: bool) -> None:
 )
 @click.option("--width-mult", type=float, metavar="X", help="Of networks that take it: multiplies the channels.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, metavar="N")
-@click.option("--threads", type=click.IntRange(1, os.cpu_count()), metavar="N", help="CPU threads.  [default: torch's]")
+@options.threads
 @click.option(
     "--out",
     type=click.Path(),

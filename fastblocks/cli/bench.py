@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
+
+from fastblocks.cli import options
 
 __all__ = ["bench"]
 
@@ -24,8 +25,8 @@ __all__ = ["bench"]
     metavar="N",
     help="Images a call; may be given several times.",
 )
-@click.option("--threads", type=click.IntRange(1, os.cpu_count()), metavar="N", help="CPU threads.  [default: torch's]")
-@click.option("--rounds", type=click.IntRange(1, 10_000), default=15, show_default=True, metavar="N")
+@options.threads
+@options.rounds(15)
 @click.option(
     "--seconds",
     type=click.FloatRange(0, 60),
@@ -48,7 +49,7 @@ __all__ = ["bench"]
     help="Where JSON, page and charts go.",
 )
 @click.option("--setup-peers", is_flag=True, help="First install the missing ones, in environments of their own.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@options.as_json("tables")
 def bench(
     models: tuple[str, ...],
     batches: tuple[int, ...],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from fastblocks.cli import options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,16 +47,9 @@ class _Size(click.ParamType):
     "--batch", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N", help="Images at once."
 )
 @click.option("--size", type=_Size(), metavar="N|HxW", help="Pixels of the images.  [default: 224, or what timm says]")
-@click.option("--threads", type=click.IntRange(1, os.cpu_count()), metavar="N", help="CPU threads.  [default: torch's]")
-@click.option(
-    "--rounds",
-    type=click.IntRange(0, 10_000),
-    default=30,
-    show_default=True,
-    metavar="N",
-    help="Timing rounds; 0: counts only.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@options.threads
+@options.rounds(30, "counts only")
+@options.as_json("tables")
 @click.option("--html", "html_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write a page, too.")
 @click.option(
     "--plot", "plot_file", type=click.Path(dir_okay=False), metavar="FILE.png", help="Draw the roofline, too."
@@ -90,6 +84,7 @@ def _check_files(html_file: str | None, plot_file: str | None, rounds: int) -> N
     """Refuse what could not be written, before anything is measured."""
     from pathlib import Path
 
+    from fastblocks.bench.files import folder
     from fastblocks.cli.errors import need
 
     if plot_file is not None and not rounds:
@@ -100,12 +95,9 @@ def _check_files(html_file: str | None, plot_file: str | None, rounds: int) -> N
         if file is None:
             continue
         need("bench", option, "matplotlib", "jinja2")
-        folder = Path(file).parent
         if not Path(file).name or (Path(file).exists() and not Path(file).is_file()):
             raise click.UsageError(f"{option} {file!r}: expected the name of a file")
-        if not (folder.is_dir() and os.access(folder, os.W_OK)):
-            what = "cannot be written to" if folder.is_dir() else "is no folder"
-            raise click.UsageError(f"{option} {file!r}: {folder} {what}")
+        folder(Path(file).parent, option)
 
 
 def _write_files(result: Row, html_file: str | None, plot_file: str | None) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from fastblocks.cli import options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +32,7 @@ COLOURS = {"holds": "green", "holds in part": "yellow", "not seen here": "magent
     metavar="DIR",
     help="For the JSON file, the page and the charts.",
 )
-@click.option("--threads", type=click.IntRange(1, os.cpu_count()), metavar="N", help="CPU threads.  [default: torch's]")
+@options.threads
 @click.option(
     "--seconds",
     type=click.FloatRange(0, 600, min_open=True),
@@ -43,7 +44,7 @@ COLOURS = {"holds": "green", "holds in part": "yellow", "not seen here": "magent
 @click.option("--load", type=click.Path(), metavar="FILE", help="Show an earlier study's JSON file; measure nothing.")
 @click.option("--docs", type=click.Path(), metavar="DIR", help="Write DIR/study.md, with its charts in DIR/study, too.")
 @click.option("--machine", metavar="TEXT", help="How the pages name the machine.  [default: its processor's name]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@options.as_json("a table")
 @click.pass_context
 def study(
     context: click.Context,
