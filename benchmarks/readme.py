@@ -45,7 +45,7 @@ def inference(files: Sequence[str]) -> str:
     result = json.loads((ROOT / file).read_text())
     contests = result["contests"]
     stem = file.removesuffix(".json")
-    best = [contest["fastblocks_takes_of_best_engine"] for contest in contests]
+    best = [takes for contest in contests if (takes := contest["fastblocks_takes_of_best_engine"]) is not None]
     lines = [
         f"{machine(result['facts'], contests[0]['threads'])}, median of {contests[0]['rounds']} interleaved rounds:",
         f"`{result['command']}`.",
@@ -60,14 +60,24 @@ def inference(files: Sequence[str]) -> str:
         table: dict[str, list[str]] = {}
         for name, title in {row["name"]: title_of(row) for contest in chosen for row in contest["rows"]}.items():
             table[title] = [cell(contest, name) for contest in chosen]
-        ratios = [f"{contest['fastblocks_takes_of_best_engine']:.2f}" for contest in chosen]
+        ratios = [ratio(contest["fastblocks_takes_of_best_engine"]) for contest in chosen]
         table["ratio to the best engine, round by round"] = ratios
-        shares = [row["share_of_peak"] for contest in chosen for row in contest["rows"] if row["name"] == "fastblocks"]
-        table["fastblocks' share of the FMA peak"] = [f"{100 * share:.0f} %" for share in shares]
+        table["fastblocks' share of the FMA peak"] = [share_of_peak(contest) for contest in chosen]
         lines += ["", *rows_of(f"batch {batch}", [contest["model"] for contest in chosen], table)]
-    behind = sum(ratio > 1 for ratio in best)
-    lines += ["", f"Against the best engine of each column fastblocks is ahead in {len(best) - behind} of {len(best)}."]
+    behind = sum(takes > 1 for takes in best)
+    if best:
+        ahead = f"fastblocks is ahead in {len(best) - behind} of {len(best)}"
+        lines += ["", f"Against the best engine of each column {ahead}."]
     return "\n".join(lines)
+
+
+def ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def share_of_peak(contest: dict[str, Any]) -> str:
+    shares = [row["share_of_peak"] for row in contest["rows"] if row["name"] == "fastblocks"]
+    return f"{100 * shares[0]:.0f} %" if shares else "-"
 
 
 def title_of(row: dict[str, Any]) -> str:
@@ -90,9 +100,8 @@ def training(files: Sequence[str]) -> str:
     titles = {"fastblocks": "fastblocks", "eager": "torch eager", "channels_last": "torch eager, channels_last"}
     titles |= {"compile": "torch.compile", "compile_channels_last": "torch.compile, channels_last"}
     table = {title: [step_cell(result, mode) for result in results] for mode, title in titles.items()}
-    own = [row for result in results for row in result["rows"] if row["mode"] == "fastblocks"]
-    memory = [row["peak_of_channels_last"] for row in own]
-    table["peak memory, of channels_last's"] = [f"{share:.2f}" for share in memory]
+    own = [rows_by_mode(result).get("fastblocks", {}) for result in results]
+    table["peak memory, of channels_last's"] = [ratio(row.get("peak_of_channels_last")) for row in own]
     side = first["resolution"]
     head = f"{machine(first['facts'], first['threads'])}, batch {first['batch']}, {side}x{side}:"
     lines = [head, "`python benchmarks/train_step.py --model NAME --memory`.", ""]
@@ -100,12 +109,15 @@ def training(files: Sequence[str]) -> str:
 
 
 def step_cell(result: dict[str, Any], mode: str) -> str:
-    rows = {row["mode"]: row for row in result["rows"]}
+    rows = rows_by_mode(result)
     if mode not in rows:
         return "-"
-    ours, row = rows["fastblocks"], rows[mode]
-    ratio = "" if mode == "fastblocks" else f" ({ours['ms'] / row['ms']:.2f})"
-    return digits(row["ms"]) + ratio
+    ours, ms = rows.get("fastblocks"), rows[mode]["ms"]
+    return digits(ms) + ("" if ours is None or mode == "fastblocks" else f" ({ours['ms'] / ms:.2f})")
+
+
+def rows_by_mode(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["mode"]: row for row in result["rows"]}
 
 
 MAKERS = {"inference": inference, "training": training}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
-import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 import fastblocks
 from fastblocks.bench import files, machine
 from fastblocks.bench.errors import BenchError
-from fastblocks.bench.peers import ENGINES, PEERS, TORCH, contest, environments, show
+from fastblocks.bench.peers import ENGINES, PEERS, TORCH, contest, show
 from fastblocks.bench.peers.contest import Contest, hold
 from fastblocks.bench.peers.problem import write_problem
 from fastblocks.bench.process import Peer
@@ -31,23 +31,30 @@ parser = argparse.ArgumentParser()
 for name in ("--peer", "--folder", "--threads", "--stock"):
     parser.add_argument(name)
 peer = parser.parse_args().peer
+
+def say(turn, **facts):
+    print(json.dumps({} if {odd}.get(peer) == turn else facts), flush=True)
+
 print("a library says hello")
-print(json.dumps({"version": "1.0", "error": {errors}.get(peer, 0.0)}), flush=True)
+say(0, version="1.0", error={errors}.get(peer, 0.0))
 for number, line in enumerate(sys.stdin):
     if peer in {crash} and number == 1:
         sys.exit("out of luck")
-    print(json.dumps({"milliseconds": {times}.get(peer, [3.0])[number % len({times}.get(peer, [3.0]))]}), flush=True)
+    say(number + 1, milliseconds={times}.get(peer, [3.0])[number % len({times}.get(peer, [3.0]))])
 """
 
 
 @pytest.fixture
 def fake_workers(tmp_path, monkeypatch):
-    """Contenders that answer what the test says: times in turn, errors, and who crashes in round two, by peer."""
+    """Contenders that answer what the test says, by peer: times in turn, errors, who crashes in round two.
 
-    def install(times, errors=None, crash=()):
+    `odd` has the number of an empty answer: 0 is the first one, which tells version and error.
+    """
+
+    def install(times, errors=None, crash=(), odd=None):
         file = tmp_path / "worker.py"
         text = FAKE
-        for name, value in {"times": times, "errors": errors or {}, "crash": tuple(crash)}.items():
+        for name, value in {"times": times, "errors": errors or {}, "crash": tuple(crash), "odd": odd or {}}.items():
             text = text.replace("{" + name + "}", repr(value))
         file.write_text(text)
         monkeypatch.setattr(contest.worker, "__file__", str(file))
@@ -97,6 +104,19 @@ def test_who_crashes_disagrees_or_is_missing_harms_nobody_else(fake_workers, mon
     assert "differs by nan" in left_out["ncnn"]
     assert left_out["mnn"].startswith("not installed: pip install MNN")
     assert result["fastblocks_takes_of_best_engine"] is None
+
+
+def test_who_answers_nothing_or_cannot_be_started_harms_nobody_else(fake_workers, monkeypatch, tmp_path):
+    fake_workers({}, odd={"onnxruntime": 0, "openvino": 2})
+    present = contest.python_of
+    monkeypatch.setattr(contest, "python_of", lambda peer: tmp_path if peer.name == "mnn" else present(peer))
+    result = hold(Contest("mobilenet_v2", 1, 1, 2, 0.0, ("fastblocks", "onnxruntime", "openvino", "mnn")))
+    assert [(row["name"], len(row["rounds"])) for row in result["rows"]] == [("fastblocks", 2)]
+    assert result["left_out"] == {
+        "onnxruntime": "its answer has no 'version'",
+        "mnn": f"[Errno 13] Permission denied: '{tmp_path}'",
+        "openvino": "it failed while it was timed: its answer has no 'milliseconds'",
+    }
 
 
 def test_an_export_that_fails_leaves_its_readers_out(fake_workers, monkeypatch):
@@ -231,17 +251,34 @@ def test_a_missing_package_is_one_line(command, capsys, monkeypatch):
     assert "needs matplotlib: pip install 'fastblocks[bench]'" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("file", ["", "/dev/null"])
-def test_a_page_replaces_no_device_and_needs_a_name(file, capsys):
-    assert run(["profile", "mobilenet_v2", "--html", file]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("fastblocks: --html") and error.count("\n") == 1
-    assert not Path("/dev/null").is_file()
+@pytest.fixture
+def pipe(tmp_path):
+    """What is in the file system and no file, as /dev/null is."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    return path
 
 
-def test_a_device_is_no_file_to_replace():
+def test_a_page_replaces_no_device_and_needs_a_name(pipe, capsys):
+    for file in ("", str(pipe)):
+        assert run(["profile", "mobilenet_v2", "--html", file]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("fastblocks: --html") and error.count("\n") == 1
+    assert pipe.is_fifo()
+
+
+def test_a_device_is_no_file_to_replace(pipe):
     with pytest.raises(FileExistsError, match="no regular file"):
-        files.replace_text(Path("/dev/null"), "x")
+        files.replace_text(pipe, "x")
+    assert pipe.is_fifo()
+
+
+def test_what_cannot_be_written_is_told_with_its_option(pipe):
+    with (
+        pytest.raises(BenchError, match=r"^--out: cannot write to '.*/pipe': it is no regular file"),
+        files.told_of("--out", pipe),
+    ):
+        files.replace_text(pipe, "x")
 
 
 def test_the_command_prints_its_table(fake_workers, tmp_path, capsys, monkeypatch):
@@ -257,49 +294,25 @@ def test_the_command_prints_its_table(fake_workers, tmp_path, capsys, monkeypatc
     assert "ratio to the best engine, round by round: 2.000" in lines
 
 
-def test_an_environment_that_cannot_be_filled_leaves_nothing(tmp_path, monkeypatch):
-    """pip that may look nowhere fails; the others are tried all the same."""
-    monkeypatch.setenv("FASTBLOCKS_PEERS", str(tmp_path / "peers"))
-    monkeypatch.setattr(environments, "python_of", lambda peer: None)
-    monkeypatch.setattr(environments, "_run", failing := _Failing())
-    told: list[str] = []
-    failures = environments.set_up(("eager", "onnxruntime", "mnn", "litert"), told.append)
-    assert [failure.partition(":")[0] for failure in failures] == ["engines", "litert"]
-    assert [command[-2:] for command in failing.commands if "install" in command] == [
-        ["onnxruntime", "MNN"],
-        ["litert-torch", "torch"],
-    ]
-    assert len(told) == 2
-    assert list((tmp_path / "peers").iterdir()) == []
+def test_a_contest_that_fails_takes_no_other_with_it(fake_workers, tmp_path, capsys, monkeypatch):
+    fake_workers({})
 
+    def sometimes(which, tell):
+        if which.batch == 2:
+            raise BenchError("peers: none of them could be timed (fastblocks: out of luck)")
+        return hold(which, tell)
 
-class _Failing:
-    """Makes the environment's folder, as venv does, and fails to install."""
+    monkeypatch.setattr(contest, "hold", sometimes)
+    arguments = ["bench", "--peers", "fastblocks", "--rounds", "1", "--threads", "1", "--out", str(tmp_path), "--json"]
+    assert run([*arguments, "--batch", "1", "--batch", "2", "--batch", "3"]) == 2
+    printed = capsys.readouterr()
+    expected = "mobilenet_v2, batch 2: peers: none of them could be timed (fastblocks: out of luck)"
+    assert printed.err == f"fastblocks: {expected}\n"
+    (file,) = tmp_path.glob("bench-mobilenet_v2-batch1+3-*.json")
+    assert json.loads(printed.out) == json.loads(file.read_text())
+    assert [found["batch"] for found in json.loads(printed.out)["contests"]] == [1, 3]
 
-    def __init__(self):
-        self.commands: list[list[str]] = []
-
-    def __call__(self, command):
-        import subprocess
-
-        self.commands.append(command)
-        if "venv" in command:
-            Path(command[-1]).mkdir()
-        else:
-            raise subprocess.CalledProcessError(1, command, stderr=textwrap.dedent("much\nERROR: no such package\n"))
-
-
-def test_environments_are_made_where_they_are_looked_for(tmp_path, monkeypatch):
-    """A home that has the modules is found; one that lacks them is not."""
-    monkeypatch.setenv("FASTBLOCKS_PEERS", str(tmp_path))
-    peer = PEERS["litert"]._replace(modules=("no_such_module_here",))
-    assert environments.python_of(peer) is None
-    python = tmp_path / "litert" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.symlink_to(sys.executable)
-    environments._has.cache_clear()
-    assert environments.python_of(peer) is None
-    environments._has.cache_clear()
-    assert environments.python_of(peer._replace(modules=("no_such_module_here",), home="elsewhere")) is None
-    monkeypatch.setattr(environments, "find_spec", lambda name: None)
-    assert environments.python_of(peer._replace(modules=("json",))) == python
+    file.unlink()
+    assert run([*arguments, "--batch", "2"]) == 2
+    assert capsys.readouterr() == ("", f"fastblocks: {expected}\n")
+    assert not [*tmp_path.glob("*.json")]

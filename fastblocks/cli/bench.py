@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def bench(
 
     need("bench", "the page", "matplotlib", "jinja2")
     from fastblocks.bench import machine
+    from fastblocks.bench.errors import BenchError
     from fastblocks.bench.files import folder
     from fastblocks.bench.peers import PEERS
     from fastblocks.bench.peers.contest import Contest, hold
@@ -85,15 +87,18 @@ def bench(
             raise click.UsageError(f"--peers: no contender {name!r}, expected some of {', '.join(PEERS)}")
     _check_models(models)
     folder(out, "--out")  # before minutes of measuring, not after
+    contests, failures = [], []
     with progress() as tell:
         if setup_peers:
             _set_up(names, tell)
         count = threads or torch.get_num_threads()
-        contests = [
-            hold(Contest(model, batch, count, rounds, seconds, names), tell)
-            for model in models or ("mobilenet_v2",)
-            for batch in batches
-        ]
+        for model, batch in product(models or ("mobilenet_v2",), batches):
+            try:
+                contests.append(hold(Contest(model, batch, count, rounds, seconds, names), tell))
+            except BenchError as error:  # the other contests are worth their minutes all the same
+                failures.append(f"{model}, batch {batch}: {error}")
+    if not contests:
+        raise BenchError("; ".join(failures))
     which = " ".join((*(models or ("mobilenet_v2",)), *(f"--batch {batch}" for batch in batches)))
     command = f"fastblocks bench {which} --threads {count} --rounds {rounds} --seconds {seconds:g}"
     if peers is not None:
@@ -101,9 +106,11 @@ def bench(
     result = {"facts": machine.facts(), "command": command, "contests": contests}
     files = write_files(result, out)
     if as_json:
-        print_json({**result, "files": [str(file) for file in files]})
+        print_json(result)
     else:
         print_bench(result, files)
+    if failures:
+        raise BenchError("; ".join(failures))
 
 
 def _check_models(models: tuple[str, ...]) -> None:

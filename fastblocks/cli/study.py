@@ -60,8 +60,8 @@ def study(
     """Measure what the papers claim, torch beside fastblocks, on this machine.
 
     Ten claims of MobileNet, MobileNetV2, ShuffleNet and ShuffleNetV2, counted and timed; the result is a page with
-    charts that opens anywhere. It takes a few minutes. The claims' short names: separable, shares, resnext, groups,
-    manifold, memory, g1, g2, g3, g4.
+    charts that opens anywhere. It takes one to three minutes. The claims' short names: separable, shares, resnext,
+    groups, manifold, memory, g1, g2, g3, g4.
     """
     import torch
 
@@ -77,7 +77,7 @@ def study(
     folders = [folder(path, name) for path, name in ((out, "--out"), (docs, "--docs")) if path is not None]
     if threads is not None:
         torch.set_num_threads(threads)
-    result = output.read(load) if load else _measured(only, seconds)
+    result = output.read(load, only) if load else _measured(only, seconds)
     if machine is not None:
         result["facts"]["machine"] = machine
     paths = output.write(result, folders[0])

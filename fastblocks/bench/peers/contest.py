@@ -23,6 +23,7 @@ from fastblocks.bench.timing import quartiles
 __all__ = ["TOLERANCE", "Contest", "hold", "summarise"]
 
 TOLERANCE = 1e-3  # of the largest logit: engines multiply in other orders, some by Winograd's method
+FAILURES = (RuntimeError, OSError, KeyError)  # of a peer: no answer, no process, an answer without what it should say
 PATIENCE = 60.0  # seconds for a turn, beside its own length
 
 
@@ -99,16 +100,20 @@ def _start(name: str, contest: Contest, folder: Path) -> _Row | str:
         return f"not installed: pip install {' '.join(peer.packages)}, or fastblocks bench --setup-peers"
     options = {"peer": name, "folder": folder, "threads": contest.threads, "stock": stock.__file__}
     command = [python, worker.__file__, *(part for key, value in options.items() for part in (f"--{key}", value))]
-    process = Peer(name, [str(part) for part in command], environment(contest.threads))
+    try:
+        process = Peer(name, [str(part) for part in command], environment(contest.threads))
+    except OSError as error:
+        return _reason(error)
     try:
         found = process.answer()
-    except RuntimeError as error:
+        row = _Row(process, found["version"], found["error"])
+    except FAILURES as error:
         process.close()
-        return str(error)
-    if not found["error"] <= TOLERANCE:  # a NaN is left out, too
+        return _reason(error)
+    if not row.error <= TOLERANCE:  # a NaN is left out, too
         process.close()
-        return f"its output differs by {found['error']:.1e} of the largest logit, allowed is {TOLERANCE:.0e}"
-    return _Row(process, found["version"], found["error"])
+        return f"its output differs by {row.error:.1e} of the largest logit, allowed is {TOLERANCE:.0e}"
+    return row
 
 
 def _play(rows: dict[str, _Row], left_out: dict[str, str], seconds: float) -> None:
@@ -116,9 +121,13 @@ def _play(rows: dict[str, _Row], left_out: dict[str, str], seconds: float) -> No
     for name in list(rows):
         try:
             rows[name].milliseconds.append(rows[name].process.ask(seconds, PATIENCE + seconds)["milliseconds"])
-        except RuntimeError as error:
+        except FAILURES as error:
             rows.pop(name).process.close()
-            left_out[name] = f"it failed while it was timed: {error}"
+            left_out[name] = f"it failed while it was timed: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    return f"its answer has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def summarise(

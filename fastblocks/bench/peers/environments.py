@@ -74,18 +74,26 @@ def _python(home: Path) -> Path:
 
 
 def _make(home: Path, packages: list[str]) -> None:
-    existed = home.exists()
+    whole = _has_pip(home)
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
-        if not _python(home).exists():
-            _run([sys.executable, "-m", "venv", str(home)])
+        if not whole:  # there is none, or what is left of one whose making was killed
+            _run([sys.executable, "-m", "venv", "--clear", str(home)])
         _run([str(_python(home)), "-m", "pip", "install", "--quiet", *packages])
     except OSError as error:
         raise BenchError(f"cannot make {home} ({error.strerror or error}): set FASTBLOCKS_PEERS") from error
     except BaseException:
-        if not existed:
+        if not whole:
             shutil.rmtree(home, ignore_errors=True)
         raise
+
+
+def _has_pip(home: Path) -> bool:
+    try:
+        _run([str(_python(home)), "-m", "pip", "--version"])
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return True
 
 
 def _run(command: list[str]) -> None:
@@ -95,4 +103,7 @@ def _run(command: list[str]) -> None:
 @cache
 def _has(python: Path, modules: tuple[str, ...]) -> bool:
     found = f"import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, {modules!r})))"
-    return subprocess.run([str(python), "-c", found], capture_output=True, check=False).returncode == 0
+    try:
+        return subprocess.run([str(python), "-c", found], capture_output=True, check=False).returncode == 0
+    except OSError:  # it cannot be run at all
+        return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,39 @@ from fastblocks.bench.words import counted, stem, torch_version
 __all__ = ["read", "write", "write_docs"]
 
 TITLE = "The papers' claims, measured"
+FACTS = {"cpu": str, "torch": str, "fastblocks": str, "date": str, "threads": int}
+"""What a study must tell of its machine, beside what else it may."""
 Result = dict[str, Any]
 
 
-def read(path: str) -> Result:
+def read(path: str, keys: Sequence[str] = ()) -> Result:
     """A study from its JSON file, its verdicts made anew from what was measured.
 
+    Args:
+        path: of the file.
+        keys: the claims to take of it; none is all of them.
+
     Raises:
-        BenchError: the file is none of a study.
+        BenchError: the file is none of a study, or has no such claim.
     """
+    expected = f"--load: expected the JSON file of an earlier study, got {path!r}"
     try:
         result = json.loads(Path(path).read_text("utf-8"))
-        if result["format"] != FORMAT:
-            raise KeyError("format")
+        facts, claims = result["facts"], dict(result["claims"])
+        if result["format"] != FORMAT or not claims or not set(claims) <= {claim.key for claim in CLAIMS}:
+            raise ValueError(path)
+        lacking = [name for name, kind in FACTS.items() if not isinstance(facts.get(name), kind)]
         for claim, entry in _entries(result):
-            if "error" not in entry:
-                entry |= verdict(claim, entry["measured"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            entry |= {"title": claim.title} | ({} if "error" in entry else verdict(claim, entry["measured"]))
+    except (OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or "it is no study's JSON"
-        raise BenchError(f"--load: expected the JSON file of an earlier study, got {path!r}: {reason}") from error
-    return result
+        raise BenchError(f"{expected}: {reason}") from error
+    if lacking:
+        raise BenchError(f"{expected}: its facts do not tell {', '.join(lacking)}")
+    for key in keys:
+        if key not in claims:
+            raise BenchError(f"--only: no claim {key!r} in {path!r}, expected some of {', '.join(claims)}")
+    return {**result, "claims": {key: entry for key, entry in claims.items() if not keys or key in keys}}
 
 
 def write(result: Result, out: Path) -> list[Path]:
