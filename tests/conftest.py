@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,6 +70,20 @@ def _same_numbers() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         yield
+
+
+@pytest.fixture(scope="session")
+def quick_study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folder of the shortest study there is, and its result."""
+    from fastblocks.cli import main
+
+    folder = tmp_path_factory.mktemp("study")
+    threads = torch.get_num_threads()
+    arguments = ["--out", str(folder), "--docs", str(folder / "docs"), "--threads", "1", "--seconds", "0.001"]
+    assert main(["study", *arguments, "--machine", "a <machine>"]) == 0
+    torch.set_num_threads(threads)
+    (path,) = folder.glob("study-*.json")
+    yield folder, json.loads(path.read_text("utf-8"))
 
 
 # ------------------------------------------------------------------------------------------------------------- tensors
