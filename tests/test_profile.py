@@ -1,10 +1,8 @@
-"""`fastblocks profile`: what it counts and times, what it shows, and that every mistake is one line."""
+"""`fastblocks profile`: what it counts and times, and what it shows."""
 
 from __future__ import annotations
 
 import json
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 import torch
 from browser import console_errors, requests
 from PIL import Image
+from profiles import own_module
 from torch import nn
 
 import fastblocks
@@ -21,82 +20,10 @@ from fastblocks.analysis import count
 from fastblocks.bench.errors import BenchError
 from fastblocks.bench.profile import REST, blocks, loading, profile, timing
 
-OWN = """
-    import torch, fastblocks
-    from torch import nn
-
-    class Forgetful(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.calls = nn.Conv2d(3, 4, 1), 0
-
-        def forward(self, x):
-            self.calls += 1
-            if self.calls > 2:
-                raise ValueError("enough\\nof this")
-            return self.conv(x)
-
-    class Two(nn.Module):
-        def forward(self, x, y):
-            return x + y
-
-    class Wrapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(*(nn.Sequential(Pair(), Pair()) for _ in range(2)))
-
-        def forward(self, x):
-            return self.net(x).softmax(1)
-
-    class Pair(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 1)
-
-        def forward(self, x):
-            x += 1  # in place
-            return self.b(self.a(x).relu())
-
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 3, 1)
-            self.more = nn.ModuleList([self.conv, nn.Conv2d(3, 3, 1)])
-            self.extra, self.unused = nn.Parameter(torch.ones(1)), nn.Linear(5, 5)
-
-        def forward(self, x):
-            return self.more[1](self.more[0](self.conv(x))) * self.extra
-
-    def fused():
-        return nn.Sequential(
-            fastblocks.Sequential(fastblocks.ConvBNAct(3, 16, stride=2), fastblocks.InvertedResidual(16, 16)),
-            nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8), nn.Hardswish(), nn.Flatten(1), nn.Dropout(), nn.LazyLinear(5),
-        )
-
-    def dropping():
-        return nn.Sequential(fastblocks.ConvBNAct(3, 16), Dropping())
-
-    class Dropping(nn.Module):
-        def forward(self, x):
-            return nn.functional.dropout(x)
-
-    def raises():
-        raise RuntimeError("bad\\nluck")
-
-    def number():
-        return 3
-
-    value = 3
-"""
-
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A module of the user's in the current directory; its name."""
-    (tmp_path / "own_networks.py").write_text(textwrap.dedent(OWN))
-    monkeypatch.chdir(tmp_path)
-    yield "own_networks"
-    sys.modules.pop("own_networks", None)
+    yield from own_module(tmp_path, monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -115,16 +42,6 @@ def timed() -> dict[str, Any]:
 
 def names(model: str, **options: Any) -> list[str]:
     return [row["name"] for row in profile(model, rounds=0, **options)["blocks"]]
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run the command, expect exit code 2 and one line; return the line."""
-    assert cli.main(["profile", *arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("fastblocks: ")
-    assert err.count("\n") == 1
-    return err
 
 
 # ------------------------------------------------------------------------------------------------------------- blocks
@@ -352,77 +269,3 @@ def test_no_counterpart_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     assert "There is no fastblocks counterpart for this model yet." in out
     assert "fastblocks" not in out.split("moved:")[0]
-
-
-# ------------------------------------------------------------------------------------------------------------ mistakes
-
-
-@pytest.mark.parametrize(
-    ("model", "says"),
-    [
-        ("mobilnet_v2", "none has this name; close to it: mobilenet_v2"),
-        ("torchvision/mobilenet_v9", "MODEL 'torchvision/mobilenet_v9': expected a name"),
-        ("somewhere/net", "expected torchvision/NAME or timm/NAME before a slash"),
-        ("no_such_module:build", "importing no_such_module failed: ModuleNotFoundError"),
-        (":build", "expected module:callable"),
-        ("own_networks:nothing", "own_networks has no nothing"),
-        ("own_networks:value", "value is a int, expected a callable"),
-        ("own_networks:number", "number() gave a int, expected a torch.nn.Module"),
-        ("own_networks:raises", "raises() failed: RuntimeError: bad"),
-        (
-            "own_networks:Two",
-            "failed on one float32 image tensor (1, 3, 224, 224), which is what it was given: TypeError",
-        ),
-        ("own_networks:Forgetful", "it ran once, but not again: ValueError: enough"),
-    ],
-)
-def test_a_wrong_model_is_one_line(own: str, model: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torchvision")
-    pytest.importorskip("timm")
-    line = fails(capsys, model, "--rounds", "1")
-    assert says in line and f"MODEL {model!r}" in line
-
-
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    assert "torchvision is not installed; timm is not installed" in fails(capsys, "resnet18")
-    assert "timm is not installed (pip install timm)" in fails(capsys, "timm/resnet18")
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (("--size", "big"), "'big': expected pixels of a side"),
-        (("--size", "0"), "expected pixels of a side"),
-        (("--size", "32x0"), "expected pixels of a side"),
-        (("--batch", "0"), "--batch"),
-        (("--rounds", "0", "--plot", "a.png"), "expected --rounds above 0"),
-        (("--plot", "a.svg"), "expected a file name that ends in .png"),
-        (
-            ("--html", "own_networks.py/a.html"),
-            "--html: expected a folder that can be written to, got 'own_networks.py'",
-        ),
-        (("--html", "."), "--html"),
-    ],
-)
-def test_a_wrong_option_is_one_line(
-    own: str, options: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert says in fails(capsys, "mobilenet_v2", *options)
-
-
-def test_a_picture_too_small_for_the_network_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torchvision")
-    assert "failed on one float32 image tensor (1, 3, 8, 8)" in fails(capsys, "alexnet", "--size", "8")
-
-
-def test_a_disk_that_is_full_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*arguments: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("fastblocks.bench.files.replace_text", full)
-    page = str(tmp_path / "a.html")
-    assert cli.main(["profile", "shufflenet_v2_x0_5", "--size", "32", "--rounds", "0", "--html", page]) == 2
-    assert capsys.readouterr().err == f"fastblocks: --html: cannot write to {page!r}: No space left on device\n"
