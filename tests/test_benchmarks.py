@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -207,11 +208,24 @@ def test_the_scripts_of_training_run(tmp_path: Path) -> None:
     assert all(row["fastblocks"] < 1e-3 and row["torch"] < 1e-3 for row in network["rows"])
 
 
-def test_the_script_of_the_numba_tier_runs(benchmarks: None) -> None:
+def test_the_script_of_the_numba_tier_runs(benchmarks: None, tmp_path: Path) -> None:
     from shapes import OPS
 
-    done = run("benchmarks/numba_tier.py", "ops", "--tier", "reference", "--rounds", 1, "--threads", 1)
+    file = tmp_path / "ops.json"
+    done = run("benchmarks/numba_tier.py", "ops", "--tier", "reference", "--rounds", 1, "--threads", 1, "--json", file)
     assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(file.read_text())
+    assert (result["tier"], result["what"], result["batch"], result["facts"]["torch"]) == (
+        "reference", "ops", 1, torch.__version__,
+    )  # fmt: skip
+    assert [row["name"] for rows in result["rows"].values() for row in rows] == [
+        line.split("  ")[1] for line in done.stdout.splitlines() if line.startswith("  ") and "mean" not in line
+    ]
+    for kind, rows in result["rows"].items():
+        for row in rows:
+            assert row["faster"] == pytest.approx(row["ms"]["channels_last"] / row["ms"]["fastblocks"])  # of one round
+        product = math.prod(row["faster"] for row in rows)
+        assert result["means"][kind] == pytest.approx(product ** (1 / len(rows)))
     assert [
         line.split("  ")[1] for line in done.stdout.splitlines() if line.startswith("  ") and "mean" not in line
     ] == [
