@@ -22,7 +22,6 @@ from contenders import check, problem, runner
 from shapes import NETWORKS, OPS, Shape
 
 import fastblocks
-from fastblocks.bench.files import replace_text
 from fastblocks.bench.machine import facts
 from fastblocks.bench.timing import interleaved, speed_up
 from fastblocks.bench.words import counted
@@ -87,7 +86,7 @@ def main() -> None:
         print(f"fallbacks: {fallbacks or 'none'}")
     if arguments.json:
         means = {kind: geometric_mean(some) for kind, some in rows.items()}
-        replace_text(arguments.json, json.dumps({**setting, "means": means, "rows": rows}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({**setting, "means": means, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastblocks
-from fastblocks.bench import files, machine
+from fastblocks.bench import files, machine, words
 from fastblocks.bench.errors import BenchError
 from fastblocks.bench.peers import ENGINES, PEERS, TORCH, contest, show
 from fastblocks.bench.peers.contest import Contest, hold
@@ -209,6 +209,12 @@ def test_files_are_named_and_whole(one_result, tmp_path):
     assert "<td>OpenVINO</td>" in page
     assert "http://" not in page and "https://" not in page
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in written[2:])
+
+
+def test_names_of_files_have_no_signs_that_mean_something_elsewhere():
+    facts = {"cpu": "../Intel(R) Xeon(R) @ 2.20GHz", "torch": "2.14.1+cpu", "date": "/2026-01-02"}
+    name = words.stem(["bench", "a b", ".hidden"], facts)
+    assert name == "bench-a-b-hidden-intel-r-xeon-r-2.20ghz-torch2.14.1-2026-01-02"
 
 
 def test_the_page_opens_without_an_error(one_result, tmp_path):

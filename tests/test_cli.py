@@ -172,6 +172,15 @@ def test_disagreement_is_exit_code_1_and_no_times(capsys, checkpoint, photo, mon
     assert "between fastblocks and torch" in err
 
 
+def test_nan_in_any_photo_is_a_disagreement(capsys, checkpoint, photo, monkeypatch):
+    from fastblocks.cli import classify
+
+    found = [0.0, float("nan"), 0.0]
+    monkeypatch.setattr(classify, "difference", lambda *_: found.pop())
+    assert cli.main(["classify", photo, photo, photo, "--weights", checkpoint]) == 1
+    assert "nan of the largest logit" in capsys.readouterr().err
+
+
 # --- mistakes
 
 

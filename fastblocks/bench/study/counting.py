@@ -21,7 +21,7 @@ class Operation(NamedTuple):
 
     name: str
     kind: str
-    """"1x1", "depthwise", "3x3" and so on, or "linear"."""
+    """"1x1", "depthwise", "3x3" and so on, or "linear"; a kernel that is no square is "3 taps"."""
     multiply_adds: int
     read: int
     """Numbers of the input."""
@@ -67,8 +67,10 @@ def kind_of(layer: Any) -> str:
 
 
 def _convolution(channels: int, groups: int, taps: int) -> str:
+    if groups == channels > 1:
+        return "depthwise"
     side = math.isqrt(taps)
-    return "depthwise" if groups == channels > 1 else f"{side}x{side}"
+    return f"{side}x{side}" if side**2 == taps else f"{taps} taps"
 
 
 def by_kind(found: Iterable[Operation]) -> Counter[str]:
