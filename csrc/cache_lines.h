@@ -1,4 +1,4 @@
-// Fetching ahead what a check will read.
+// What checks know of CPython's dictionaries, and fetching ahead what a check will read.
 #pragma once
 
 #include <Python.h>
@@ -9,6 +9,19 @@
 #include <vector>
 
 namespace fastblocks {
+
+// A number that another takes the place of whenever a dictionary changes; 0 where this Python has none.
+inline uint64_t version_of_dict(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030e0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return ((PyDictObject*)dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+  (void)dict;
+  return 0;
+#endif
+}
 
 // Where things lie in memory. The kernels of the call before have emptied the caches, so a check would wait for memory hundreds
 // of times, one after the other; fetched ahead, all at once, that is over in a tenth of the time. Wrong addresses do no harm.

@@ -78,9 +78,10 @@ template <Maker* kMake, Py_ssize_t kArguments>
 PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count) noexcept {
   if (!right_count(kArguments, count)) return nullptr;
   return guarded([&] {
-    std::vector<std::unique_ptr<Call>> calls;
-    calls.push_back(kMake(args));
-    return run_calls(calls, args[0]).release();
+    Bound bound;
+    bound.calls.push_back(kMake(args));
+    bind_calls(bound, args[0]);
+    return run_bound(bound, nullptr).release();
   });
 }
 
@@ -141,36 +142,43 @@ std::unique_ptr<Call> make_call(PyObject* function, PyObject* const* args, Py_ss
   return nullptr;
 }
 
-Ref run_calls(const std::vector<std::unique_ptr<Call>>& calls, PyObject* input, const Fits& fits) {
+bool bind_calls(Bound& b, PyObject* input, const Fits& fits) {
   Value value{view(input), input, {}};
   // Each output takes the memory of the last but one, which nobody reads any more.
-  int64_t floats[2] = {0, 0};
-  const size_t last = calls.size() - 1;
+  b.floats[0] = b.floats[1] = 0;
+  const size_t last = b.calls.size() - 1;
   const auto keep = [&](size_t i, const TensorView& v) {
-    floats[i % 2] = std::max(floats[i % 2], v.size[0] * v.size[1] * v.size[2] * v.size[3]);
+    b.floats[i % 2] = std::max(b.floats[i % 2], v.size[0] * v.size[1] * v.size[2] * v.size[3]);
   };
   // Only the first call can be absorbed: a later one's input lies in memory that the absorbing call writes to.
-  bool absorbed = false;
+  b.absorbed = false;
   for (size_t i = 0; i <= last; ++i) {
-    if (fits && !fits(i, value.view)) return Ref::borrow(Py_None);
+    if (fits && !fits(i, value.view)) return false;
     const TensorView before = value.view;
-    value = calls[i]->bind(value);
+    value = b.calls[i]->bind(value);
     if (i == 1) {
-      ConvParams* const stem = calls[0]->stem();
-      absorbed = stem && calls[1]->absorb(stem);
-      if (!absorbed) keep(0, before);
+      ConvParams* const stem = b.calls[0]->stem();
+      b.absorbed = stem && b.calls[1]->absorb(stem);
+      if (!b.absorbed) keep(0, before);
     }
     if (i > 0 && i < last) keep(i, value.view);
   }
+  b.out = value.view;
+  return true;
+}
+
+Ref run_bound(const Bound& b, float* input) {
+  const size_t last = b.calls.size() - 1;
   const auto room = [](int64_t count) { return (size_t)(count + 16) * sizeof(float); };
-  const Slab first(last > 0 ? room(floats[0]) : 0), second(last > 1 ? room(floats[1]) : 0);
-  Output out(value.view);
+  const Slab first(last > 0 ? room(b.floats[0]) : 0), second(last > 1 ? room(b.floats[1]) : 0);
+  Output out(b.out);
   float* const memory[2] = {first.floats(), second.floats()};
-  const auto between = [&](size_t i) { return i == 0 && absorbed ? nullptr : memory[i % 2]; };  // behind call i
-  for (size_t i = 0; i <= last; ++i) calls[i]->place(i > 0 ? between(i - 1) : nullptr, i < last ? between(i) : out.data());
+  const auto between = [&](size_t i) { return i == 0 && b.absorbed ? nullptr : memory[i % 2]; };  // behind call i
+  for (size_t i = 0; i <= last; ++i) b.calls[i]->place(i > 0 ? between(i - 1) : input, i < last ? between(i) : out.data());
   std::vector<Step> steps;
-  for (const auto& call : calls) call->steps(steps);
+  for (const auto& call : b.calls) call->steps(steps);
   run_steps(steps);
+  for (const auto& call : b.calls) call->finish();
   return out.tensor();
 }
 

@@ -26,16 +26,20 @@ struct Step {
 };
 
 // One call of an op. First it reads its arguments (make_call), then the input's sizes (bind), then it is told where input and
-// output lie (place); then it can run.
+// output lie (place); then it can run. After finish() it can be placed and run again.
 class Call {
  public:
   virtual ~Call() = default;
   // Returns the output, without memory.
   virtual Value bind(const Value& input) = 0;
-  // `input` is null where the input is a tensor, whose address is known.
+  // `input` is null where the input is the tensor that the call was bound to.
   virtual void place(float* input, float* output) = 0;
   // What to run, in this order.
   virtual void steps(std::vector<Step>& to) = 0;
+  // Lets go of what belongs to one run: the input, and memory.
+  virtual void finish() = 0;
+  // Whether a tensor that the call was bound to is read where it lies, so that place() may name another one like it.
+  virtual bool reads_in_place(PyObject* tensor) const = 0;
 
   // A convolution need not write its output where the next call is its only reader and makes the rows itself, a few at a time,
   // as it needs them. Both are asked when they are bound: this call's convolution, or null; and whether the call takes over
@@ -51,10 +55,21 @@ std::unique_ptr<Call> make_call(PyObject* function, PyObject* const* args, Py_ss
 // Runs the steps in order, in one entry of the thread pool.
 void run_steps(const std::vector<Step>& steps);
 
-// Binds the calls to the input and to each other and runs them, in one entry of the thread pool. Where `fits`, if given, says
-// that an input is not good for its call, nothing runs and the result is None.
+// Calls bound to an input and to each other.
+struct Bound {
+  std::vector<std::unique_ptr<Call>> calls;
+  TensorView out;
+  int64_t floats[2];  // of the two memories that outputs between them take turns in
+  bool absorbed;      // the first call's output is none
+};
+
+// Binds calls. Where `fits`, if given, says that an input is not good for its call, the result is false.
 typedef std::function<bool(size_t call, const TensorView& input)> Fits;
-Ref run_calls(const std::vector<std::unique_ptr<Call>>& calls, PyObject* input, const Fits& fits = {});
+bool bind_calls(Bound& bound, PyObject* input, const Fits& fits = {});
+
+// Runs them in one entry of the thread pool. `input` is the data of another input like the one that they were bound to, or null
+// for that one.
+Ref run_bound(const Bound& bound, float* input);
 
 // The ops as functions for Python, ended by a null row.
 PyMethodDef* op_methods();

@@ -18,16 +18,12 @@ struct Slot {
   std::shared_ptr<const Pack> packs[Pack::kKinds];
 };
 
+uint64_t forgotten = 0;
+
 // Never destroyed: the interpreter may be gone when static objects are.
 std::unordered_map<PyObject*, Slot>& slots() {
   static auto* const all = new std::unordered_map<PyObject*, Slot>;
   return *all;
-}
-
-long long version_of(PyObject* weight) {
-  static PyObject* const name = PyUnicode_InternFromString("_version");
-  const Ref version = Ref::checked(PyObject_GetAttr(weight, name));
-  return PyLong_AsLongLong(version.get());
 }
 
 bool call_bool(PyObject* object, const char* method) {
@@ -39,13 +35,6 @@ PyObject* on_death(PyObject* key, PyObject*) {
   Py_RETURN_NONE;
 }
 PyMethodDef on_death_method = {"on_death", on_death, METH_O, nullptr};
-
-bool same(const TensorView& a, const TensorView& b) {
-  if (a.data != b.data || a.dims != b.dims) return false;
-  for (int i = 0; i < a.dims; ++i)
-    if (a.size[i] != b.size[i] || a.stride[i] != b.stride[i]) return false;
-  return true;
-}
 
 std::shared_ptr<const Pack> make_pack(const TensorView& v, Pack::Kind kind, int64_t groups) {
   require(v.dims == 4 || v.dims == 2, "fastblocks._C: a weight has two or four dimensions");
@@ -83,7 +72,8 @@ Pack::~Pack() { release_slab(data); }
 
 std::shared_ptr<const Pack> find_pack(PyObject* weight, const TensorView& v, Pack::Kind kind, int64_t groups) {
   const auto found = slots().find(weight);
-  const bool known = found != slots().end() && same(found->second.seen, v) && found->second.version == version_of(weight);
+  const bool known = found != slots().end() && found->second.seen.data == v.data && alike(found->second.seen, v) &&
+                     found->second.version == version_of(weight);
   if (known) {
     const std::shared_ptr<const Pack>& pack = found->second.packs[kind];
     if (pack && pack->level == current_level() && pack->groups == groups) return pack;
@@ -106,13 +96,19 @@ std::shared_ptr<const Pack> find_pack(PyObject* weight, const TensorView& v, Pac
 }
 
 // What a slot holds may run Python code as it goes, so it goes when the table has let go of it.
-void forget_pack(PyObject* weight) { slots().extract(weight); }
+void forget_pack(PyObject* weight) {
+  ++forgotten;
+  slots().extract(weight);
+}
 
 void forget_packs() {
+  ++forgotten;
   std::unordered_map<PyObject*, Slot> all;
   all.swap(slots());
 }
 
 int64_t pack_slots() { return (int64_t)slots().size(); }
+
+uint64_t packs_forgotten() { return forgotten; }
 
 }  // namespace fastblocks

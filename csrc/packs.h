@@ -33,5 +33,7 @@ std::shared_ptr<const Pack> find_pack(PyObject* weight, const TensorView& v, Pac
 void forget_pack(PyObject* weight);
 void forget_packs();
 int64_t pack_slots();
+// How often packs were forgotten: who keeps packs by himself compares it.
+uint64_t packs_forgotten();
 
 }  // namespace fastblocks

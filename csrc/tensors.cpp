@@ -109,6 +109,18 @@ TensorView view(PyObject* tensor) {
   return v;
 }
 
+bool alike(const TensorView& a, const TensorView& b) {
+  if (a.dims != b.dims) return false;
+  for (int i = 0; i < a.dims; ++i)
+    if (a.size[i] != b.size[i] || a.stride[i] != b.stride[i]) return false;
+  return true;
+}
+
+int64_t version_of(PyObject* tensor) {
+  static PyObject* const name = name_of("_version");
+  return PyLong_AsLongLong(Ref::checked(PyObject_GetAttr(tensor, name)).get());
+}
+
 const void* record_of(PyObject* tensor) {
   DLTensor t;
   if (!exchange) return nullptr;

@@ -81,12 +81,18 @@ struct TensorView {
   int64_t size[4], stride[4];
 };
 
+// Whether sizes and strides are the same.
+bool alike(const TensorView& a, const TensorView& b);
+
 // Any tensor of up to four dimensions.
 TensorView view(PyObject* tensor);
 // Whether view() makes sure that a tensor is a float32 tensor on the CPU (without the exchange API it does not).
 bool views_tell_type();
 // The values of a tensor with one dimension of this length, or null for None.
 const float* vector_values(PyObject* tensor, int64_t length);
+
+// Counts the edits of a tensor's values. Raises for a tensor of inference mode, which has no such number.
+int64_t version_of(PyObject* tensor);
 
 // An address inside torch's record of a tensor's sizes, or null where it is not known.
 const void* record_of(PyObject* tensor);

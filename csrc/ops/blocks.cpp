@@ -176,10 +176,8 @@ class ShuffleUnitV2 : public Block {
     Value out = output_like(right_last ? like : input.view, x_.n, 2 * p_.out_channels, p_.out_height, p_.out_width);
     p_.out = out.image;
     if (left_) {
-      const int64_t* size = left.view.size;
-      memory_ = std::make_unique<Slab>((size[0] * size[1] * size[2] * size[3] + 16) * sizeof(float));
+      left_floats_ = left.view.size[0] * left.view.size[1] * left.view.size[2] * left.view.size[3] + 16;
       p_.other = left.image;
-      p_.other.data = memory_->floats();
     }
     return out;
   }
@@ -187,6 +185,8 @@ class ShuffleUnitV2 : public Block {
     const int64_t half = x_.c / 2;
     Block::place(input && !left_ ? input + half : input, output);
     if (left_) {
+      memory_ = std::make_unique<Slab>(left_floats_ * sizeof(float));
+      p_.other.data = memory_->floats();
       left_->place(input, memory_->floats());
     } else {
       p_.other = p_.x;
@@ -197,10 +197,19 @@ class ShuffleUnitV2 : public Block {
     if (left_) left_->steps(to);
     add_step(to, p_);
   }
+  void finish() override {
+    Block::finish();
+    if (left_) left_->finish();
+    memory_.reset();
+  }
+  bool reads_in_place(PyObject* tensor) const override {
+    return Block::reads_in_place(tensor) && (!left_ || left_->reads_in_place(tensor));
+  }
 
  private:
   static double eps(PyObject* const* args, int i) { return number(items(args[6], 5)[i]); }
   std::unique_ptr<LeftBranch> left_;
+  int64_t left_floats_ = 0;
   std::unique_ptr<Slab> memory_;  // of the left branch's result
 };
 

@@ -120,6 +120,10 @@ inline ImageInput dense_channels(const Value& x) { return x.tensor ? dense_chann
 // The parameters, and the input's owner, which must outlive the run.
 template <class Params>
 class CallOf : public Call {
+ public:
+  void finish() override { x_.owner = Ref(); }
+  bool reads_in_place(PyObject* tensor) const override { return !x_.owner.get() || x_.owner.get() == tensor; }
+
  protected:
   Params p_{};
   ImageInput x_{};

@@ -29,6 +29,11 @@ class Pointwise : public CallOf<PointwiseParams> {
   void steps(std::vector<Step>& to) override {
     if (p_.pixels > 0 && p_.out_channels > 0) to.push_back({&kernels().pointwise, &p_});
   }
+  void finish() override {
+    CallOf::finish();
+    other_.owner = Ref();
+  }
+  bool reads_in_place(PyObject* tensor) const override { return !residual_ && CallOf::reads_in_place(tensor); }
 
  protected:
   Pointwise(PyObject* const* args, int64_t groups, int64_t shuffle, PyObject* const* rest)
@@ -53,7 +58,7 @@ class GroupedPointwise : public Pointwise {
 template <class Params>
 class Window : public CallOf<Params> {
  public:
-  Window(PyObject* const* args) : args_(args), eps_(number(args[2])) {
+  explicit Window(PyObject* const* args) : eps_(number(args[2])) {
     int64_t* const to[3] = {this->p_.stride, this->p_.padding, this->p_.dilation};
     for (int i = 0; i < 3; ++i) {
       PyObject** pair = items(args[3 + i], 2);
@@ -79,7 +84,6 @@ class Window : public CallOf<Params> {
     p.out = out.image;
     return out;
   }
-  PyObject* const* args_;
   double eps_;
 };
 
@@ -102,7 +106,7 @@ class Depthwise : public Window<DepthwiseParams> {
 
 class DenseConv : public Window<ConvParams> {
  public:
-  explicit DenseConv(PyObject* const* args) : Window(args), record_(Ref::borrow(args[1])) {}
+  explicit DenseConv(PyObject* const* args) : Window(args), record_(args[1]) {}
   Value bind(const Value& input) override {
     // Rows of an NCHW image are read as they are; the plane stride takes the pixel stride's place.
     const TensorView& v = input.view;
@@ -116,7 +120,7 @@ class DenseConv : public Window<ConvParams> {
     } else {
       x_ = dense_channels(input);
     }
-    conv_ = std::make_unique<Conv>(record_.get(), eps_, p_.planar ? Pack::kConvPlanar : Pack::kConv);
+    conv_ = std::make_unique<Conv>(record_, eps_, p_.planar ? Pack::kConvPlanar : Pack::kConv);
     require(conv_->in() == x_.c, "fastblocks._C: a weight of another number of channels");
     p_.in_channels = x_.c, p_.out_channels = conv_->out();
     return bind_window(input, *conv_);
@@ -127,7 +131,7 @@ class DenseConv : public Window<ConvParams> {
   ConvParams* stem() override { return &p_; }
 
  private:
-  Ref record_;
+  PyObject* record_;            // borrowed
   std::unique_ptr<Conv> conv_;  // which pack it needs depends on the input
 };
 
