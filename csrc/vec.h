@@ -131,6 +131,59 @@ FASTBLOCKS_INLINE void store_partial(float* p, int n, Vec v) {
 #endif
 }
 
+// Halves of vectors: half a vector in both halves; the lower half of one and the upper half of another; and where they go.
+constexpr int kHalf = kLanes / 2;
+typedef int32_t IntVec __attribute__((vector_size(FASTBLOCKS_VECTOR_BYTES)));
+
+FASTBLOCKS_INLINE Vec load_half_twice(const float* p) {
+#if FASTBLOCKS_VECTOR_NATIVE == 512
+  return (Vec)_mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+#else
+  Vec v{};
+  for (int i = 0; i < kHalf; ++i) v[i] = v[kHalf + i] = p[i];
+  return v;
+#endif
+}
+
+FASTBLOCKS_INLINE Vec halves(Vec lower, Vec upper) {
+  IntVec index;
+  for (int i = 0; i < kLanes; ++i) index[i] = i;
+  return index < kHalf ? lower : upper;
+}
+
+// The first n <= kHalf lanes of the lower half, or of the upper.
+FASTBLOCKS_INLINE void store_half(float* p, int n, Vec v, bool upper) {
+#if FASTBLOCKS_VECTOR_NATIVE == 512
+  const __m256 half = upper ? _mm512_extractf32x8_ps((__m512)v, 1) : _mm512_castps512_ps256((__m512)v);
+  if (n == kHalf)
+    _mm256_storeu_ps(p, half);
+  else
+    _mm256_mask_storeu_ps(p, (__mmask8)((1u << n) - 1), half);
+#else
+  for (int i = 0; i < n; ++i) p[i] = v[i + (upper ? kHalf : 0)];
+#endif
+}
+
+// n <= kHalf values into the lower half, and as many into the upper.
+FASTBLOCKS_INLINE Vec load_halves(const float* lower, const float* upper, int n) {
+#if FASTBLOCKS_VECTOR_NATIVE == 512
+  const __mmask8 mask = (__mmask8)((1u << n) - 1);
+  const __m512 low = _mm512_castps256_ps512(_mm256_maskz_loadu_ps(mask, lower));
+  return (Vec)_mm512_insertf32x8(low, _mm256_maskz_loadu_ps(mask, upper), 1);
+#else
+  Vec v{};
+  for (int i = 0; i < n; ++i) v[i] = lower[i], v[kHalf + i] = upper[i];
+  return v;
+#endif
+}
+
+// Takes from the compiler what it knows of a pointer. It then computes addresses where they are used, and loads where it is
+// told to: computed or loaded ahead, they would take registers that a kernel needs, and spill its sums.
+template <class T>
+FASTBLOCKS_INLINE void hide(T*& pointer) {
+  __asm__ volatile("" : "+r"(pointer));
+}
+
 FASTBLOCKS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTBLOCKS_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTBLOCKS_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

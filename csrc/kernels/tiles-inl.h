@@ -1,0 +1,231 @@
+// The tile at the heart of a matrix product: as many pixels as the register file allows beside one row of a panel of weights.
+// With 16 registers that is 6 x 2, 4 x 3 or 8 x 1 accumulators: two FMA pipes of latency 4 need at least 8 independent ones,
+// and a step of k loads 8 or fewer operands for 12 FMAs.
+#pragma once
+
+#include "panels-inl.h"
+
+namespace fastblocks {
+namespace FASTBLOCKS_LEVEL {
+
+FASTBLOCKS_INLINE int max_tile_pixels(int vectors) {
+  if (kRegisters == 32) return vectors == 3 ? 9 : vectors == 2 ? 14 : 8;
+  return vectors == 3 ? 4 : vectors == 2 ? 6 : 8;
+}
+
+// The packed weights that follow those in use: each tile fetches a part of them, so that a panel is near when its turn comes. A
+// small map's weights come from L3 and are used by few tiles.
+struct Ahead {
+  const float* next;  // null: nothing to fetch
+  int64_t floats;     // a tile
+};
+
+FASTBLOCKS_INLINE void fetch(Ahead& ahead) {
+  if (!ahead.next) return;
+  for (int64_t i = 0; i < ahead.floats; i += 16) __builtin_prefetch(ahead.next + i);
+  ahead.next += ahead.floats;
+}
+
+// With so few pixels a tile passes too fast for that: it fetches its own weights, this many floats before it needs them.
+constexpr int kFewPixels = 2;
+constexpr int64_t kFetchDistance = 1024;
+// With more pixels than this, waiting for a panel once is no matter.
+constexpr int64_t kFetchPixels = 400;
+
+// Some tiles of one panel. All pointers are those of the panel's first channel; a call moves them on.
+struct TileRun {
+  Pixels a;
+  const float* w;
+  const float* scale;  // null: the weights have it in them, sums begin at the shift
+  const float* shift;
+  const float* residual;  // or null
+  int64_t residual_stride;
+  Destination to;
+  Clamp clamp;
+  int valid;  // channels to store
+  Ahead ahead;
+};
+
+// What tells the variants of a tile apart: the plain cases, and one that asks at run time. Between two tiles of a plain variant
+// stand a dozen instructions; asking makes them a hundred, a quarter of the time of a 16-deep sum.
+enum class Finish { kFolded, kFoldedRuns, kScaled, kResidual, kAny };
+constexpr int kFinishes = 5;
+
+// One step of the depth for M pixels. One pointer serves three pixels through [base + stride] and [base + 2 * stride]: pointers
+// to 14 pixels would not fit the integer registers.
+template <int M, int V>
+FASTBLOCKS_INLINE void tile_step(Vec (&sum)[M][V], const float* const (&a)[(M + 2) / 3], int64_t a_stride, int64_t k,
+                                 const float* w) {
+  Vec b[V];
+#pragma GCC unroll 3
+  for (int v = 0; v < V; ++v) b[v] = load(w + v * kLanes);
+#pragma GCC unroll 32
+  for (int m = 0; m < M; ++m) {
+    const Vec x = broadcast(a[m / 3][(m % 3) * a_stride + k]);
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) sum[m][v] += x * b[v];
+  }
+}
+
+// One run, eight steps at a time and the rest by 4, 2 and 1: a loop of single steps would end in a branch that is predicted
+// wrongly at every tile. kShort: four steps at a time, which is slower and half the code. Returns where the next run's weights
+// begin.
+template <int M, int V, bool kShort>
+FASTBLOCKS_INLINE const float* tile_sum(Vec (&sum)[M][V], const float* first, int64_t a_stride, const float* w,
+                                        int64_t run_length) {
+  const float* a[(M + 2) / 3];
+#pragma GCC unroll 32
+  for (int i = 0; i < (M + 2) / 3; ++i) a[i] = first + 3 * i * a_stride;
+  const auto steps = [&](auto count) __attribute__((always_inline)) {
+    constexpr int kCount = decltype(count)::value;
+#pragma GCC unroll 8
+    for (int u = 0; u < kCount; ++u) {
+      if (M <= kFewPixels) __builtin_prefetch(w + u * V * kLanes + kFetchDistance);
+      tile_step<M, V>(sum, a, a_stride, u, w + u * V * kLanes);
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < (M + 2) / 3; ++i) a[i] += kCount;
+    w += kCount * V * kLanes;
+  };
+  if (kShort)
+    for (int64_t k = run_length; k >= 4; k -= 4) steps(Number<4>());
+  else
+    for (int64_t k = run_length; k >= 8; k -= 8) steps(Number<8>());
+  if (run_length & 7) {
+    if (!kShort && run_length & 4) steps(Number<4>());
+    if (run_length & 2) steps(Number<2>());
+    if (run_length & 1) steps(Number<1>());
+  }
+  return w;
+}
+
+// `next`: the address of the first pixel's output, and of one after the other at each call.
+template <int M, int V, Finish kFinish, class Next>
+FASTBLOCKS_INLINE void tile_store(const Vec (&sum)[M][V], const TileRun& t, const float* residual, Next next) {
+  const Clamp* clamp = &t.clamp;
+  hide(clamp);
+  const Vec low = broadcast(clamp->low), high = broadcast(clamp->high);
+  constexpr bool kAny = kFinish == Finish::kAny;
+  const bool scaled = kAny ? t.scale != nullptr : kFinish >= Finish::kScaled;
+  const bool added = kAny ? residual != nullptr : kFinish == Finish::kResidual;
+  const float *scale = t.scale, *shift = t.shift;
+  hide(scale), hide(shift);
+#pragma GCC unroll 32
+  for (int m = 0; m < M; ++m) {
+    float* const out = next();
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+      const int lanes = kAny ? (int)smaller(kLanes, t.valid - v * kLanes) : kLanes;
+      Vec y = sum[m][v];
+      if (scaled) y = y * load(scale + v * kLanes) + load(shift + v * kLanes);
+      if (added) y += lanes == kLanes ? load(residual + v * kLanes) : load_partial(residual + v * kLanes, lanes);
+      y = at_most(high, at_least(low, y));
+      if (lanes == kLanes)
+        store(out + v * kLanes, y);
+      else
+        store_partial(out + v * kLanes, lanes, y);
+    }
+    if (added) residual += t.residual_stride, hide(residual);
+  }
+}
+
+template <int M, int V, Finish kFinish>
+inline void tile_run(TileRun& state, int64_t tiles) {
+  const TileRun t = state;  // a copy that no store through a pointer can change: its members stay in registers
+  constexpr bool kAny = kFinish == Finish::kAny;
+  const bool folded = kAny ? t.scale == nullptr : kFinish < Finish::kScaled;
+  const int64_t a_stride = t.a.pixel_stride;
+  const float* a = t.a.data;
+  const float* residual = t.residual;
+  float* out = t.to.data;
+  const int64_t* offsets = t.to.offsets;
+  Ahead ahead = t.ahead;
+  for (; tiles > 0; --tiles) {
+    fetch(ahead);
+    Vec sum[M][V];
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+      const Vec start = folded ? load(t.shift + v * kLanes) : Vec{};
+#pragma GCC unroll 32
+      for (int m = 0; m < M; ++m) sum[m][v] = start;
+    }
+    if (kFinish == Finish::kFolded && residual) {
+      const float* at = residual;
+#pragma GCC unroll 32
+      for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 3
+        for (int v = 0; v < V; ++v) sum[m][v] += load(at + v * kLanes);
+        at += t.residual_stride, hide(at);
+      }
+    }
+    if (kFinish == Finish::kFoldedRuns || (kAny && t.a.run_offsets)) {
+      const float* w = t.w;
+      for (int64_t run = 0; run < t.a.run_count; ++run)
+        w = tile_sum<M, V, kAny>(sum, a + t.a.run_offsets[run], a_stride, w, t.a.run_length);
+    } else {
+      tile_sum<M, V, kAny>(sum, a, a_stride, t.w, t.a.run_length);
+    }
+    if (offsets) {
+      tile_store<M, V, kFinish>(sum, t, residual, [&] { return out + *offsets++; });
+    } else {
+      tile_store<M, V, kFinish>(sum, t, residual, [&] {
+        float* const here = out;
+        out += t.to.pixel_stride, hide(out);
+        return here;
+      });
+    }
+    a += M * a_stride;
+    if (residual) residual += M * t.residual_stride;
+  }
+  state.a.data = a, state.residual = residual, state.ahead = ahead;
+  state.to.data = out, state.to.offsets = offsets;
+}
+
+// The variants of one tile size, by Finish.
+struct TileFunctions {
+  void (*by_finish[kFinishes])(TileRun&, int64_t);
+};
+
+template <int V>
+struct Tiles;
+
+#define FASTBLOCKS_TILE(V, M)                                                                                \
+  {                                                                                                          \
+    {                                                                                                        \
+      tile_run<M, V, Finish::kFolded>, tile_run<M, V, Finish::kFoldedRuns>, tile_run<M, V, Finish::kScaled>, \
+          tile_run<M, V, Finish::kResidual>, tile_run<M, V, Finish::kAny>                                    \
+    }                                                                                                        \
+  }
+#define FASTBLOCKS_TILES_4(V, M) \
+  FASTBLOCKS_TILE(V, M + 1), FASTBLOCKS_TILE(V, M + 2), FASTBLOCKS_TILE(V, M + 3), FASTBLOCKS_TILE(V, M + 4)
+template <>
+struct Tiles<1> {
+  static constexpr TileFunctions table[] = {FASTBLOCKS_TILES_4(1, 0), FASTBLOCKS_TILES_4(1, 4)};
+};
+template <>
+struct Tiles<2> {
+  static constexpr TileFunctions table[] = {FASTBLOCKS_TILES_4(2, 0), FASTBLOCKS_TILE(2, 5), FASTBLOCKS_TILE(2, 6),
+#if FASTBLOCKS_VECTOR_BYTES == 64
+                                            FASTBLOCKS_TILES_4(2, 6), FASTBLOCKS_TILES_4(2, 10)
+#endif
+  };
+};
+template <>
+struct Tiles<3> {
+  static constexpr TileFunctions table[] = {FASTBLOCKS_TILES_4(3, 0),
+#if FASTBLOCKS_VECTOR_BYTES == 64
+                                            FASTBLOCKS_TILES_4(3, 4), FASTBLOCKS_TILE(3, 9)
+#endif
+  };
+};
+#undef FASTBLOCKS_TILES_4
+#undef FASTBLOCKS_TILE
+
+FASTBLOCKS_INLINE const TileFunctions& tile_functions(int64_t pixels, int vectors) {
+  if (vectors == 2) return Tiles<2>::table[pixels - 1];
+  if (vectors == 3) return Tiles<3>::table[pixels - 1];
+  return Tiles<1>::table[pixels - 1];
+}
+
+}  // namespace FASTBLOCKS_LEVEL
+}  // namespace fastblocks
