@@ -53,9 +53,9 @@ inline void block_copy(const BlockParams& p, int64_t image, int64_t panel, float
 }
 
 // Expands input rows [iy_begin, iy_end) of one panel into its ring, whose rows have padding between them. Wide rows are a
-// product each; narrow ones go together, with a table of destinations, so that tiles cross from row to row.
+// product each; narrow ones go together, with a table of destinations, so that tiles cross from row to row. `next`: see gemm.
 inline void block_expand(const BlockParams& p, const BlockShared& shared, const BlockScratch& s, int64_t image, int64_t panel,
-                         float* ring, int64_t iy_begin, int64_t iy_end) {
+                         float* ring, int64_t iy_begin, int64_t iy_end, int64_t next) {
   if (p.stem) return block_stem(p, s, image, panel, ring, iy_begin, iy_end);
   if (!p.expand_weight) return block_copy(p, image, panel, ring, iy_begin, iy_end);
   const Hidden hidden(p);
@@ -77,7 +77,7 @@ inline void block_expand(const BlockParams& p, const BlockShared& shared, const 
     const float* x = p.x.data + image * p.x.image_stride + from * p.x.row_stride + group * product.depth;
     const Pixels left = {x, product.depth, p.x.pixel_stride, 1, nullptr};
     const Destination to = {narrow ? ring : ring + row, lanes, narrow ? s.ring_offsets : nullptr};
-    gemm(left, (iy + 1 - from) * p.width, product.channels, panel, panel + 1, e, to);
+    gemm(left, (iy + 1 - from) * p.width, product.channels, panel, panel + 1, e, to, {}, next);
   }
 }
 
@@ -120,7 +120,8 @@ FASTBLOCKS_INLINE float* clear_ring(const BlockParams& p, float* ring, int64_t l
 // Pixels [pixel, pixel + pixels) of one image of the projection's panels [panel_begin, panel_end), counted over all groups.
 // hidden is that of the first pixel.
 inline void block_project(const BlockParams& p, const BlockShared& shared, const BlockScratch& s, int64_t image, int64_t pixel,
-                          int64_t pixels, const float* hidden, int64_t panel_begin, int64_t panel_end, Range soon) {
+                          int64_t pixels, const float* hidden, int64_t panel_begin, int64_t panel_end, Range soon,
+                          int64_t next = kPanelBehind) {
   const GroupedProduct product = block_projection(p);
   const Hidden layout(p);
   const int64_t count = Panels(product.channels).count, step = project_pixels(p);
@@ -144,7 +145,7 @@ inline void block_project(const BlockParams& p, const BlockShared& shared, const
       const Destination to = p.other.data ? Destination{s.result, result_stride, nullptr}
                                           : Destination{at(p.out, m) + channel, p.out.pixel_stride, nullptr};
       gemm(left, now, product.channels, larger(panel_begin - g * count, 0), smaller(panel_end - g * count, count), e, to,
-           soon.part(g, p.groups));
+           soon.part(g, p.groups), next);
     }
     soon = {};
     if (p.other.data) {
@@ -169,13 +170,13 @@ FASTBLOCKS_INLINE void input_rows(const BlockParams& p, int64_t oy_begin, int64_
 // Input rows below `expanded` are in the ring already.
 inline void block_slice(const BlockParams& p, const BlockShared& shared, const BlockScratch& s,
                         DepthwiseRowFunction row_function, int64_t image, int64_t panel, float* ring, int64_t oy_begin,
-                        int64_t oy_end, int64_t expanded, float* hidden) {
+                        int64_t oy_end, int64_t expanded, float* hidden, int64_t next = kPanelBehind) {
   const Hidden layout(p);
   for (int64_t oy = oy_begin; oy < oy_end; oy += p.step_rows) {
     const int64_t step_end = smaller(oy_end, oy + p.step_rows);
     int64_t iy, iy_end;
     input_rows(p, oy, step_end, &iy, &iy_end);
-    block_expand(p, shared, s, image, panel, ring, larger(iy, expanded), iy_end);
+    block_expand(p, shared, s, image, panel, ring, larger(iy, expanded), iy_end, next);
     expanded = larger(expanded, iy_end);
     block_depthwise(p, shared, s, row_function, image, layout.first(panel), layout.lanes(panel), ring, oy, step_end,
                     hidden + (oy - oy_begin) * p.out_width * p.hidden_stride);
@@ -260,7 +261,8 @@ inline void block_slices_run(const void* params, int64_t begin, int64_t end, cha
       const int64_t from = part * p.out_height / p.slice_parts, to = (part + 1) * p.out_height / p.slice_parts;
       clear_ring(p, s.ring, lanes);
       block_slice(p, shared, s, lanes == kPanelVectors * kLanes ? pair : other, image, panel, s.ring, from, to, 0,
-                  hidden + from * p.out_width * p.hidden_stride);
+                  hidden + from * p.out_width * p.hidden_stride,
+                  next_panel(panel, (rest + p.workers) / p.slice_parts, layout.count(), p.expand_groups));
     }
   }
 }
@@ -277,7 +279,7 @@ inline void block_project_run(const void* params, int64_t begin, int64_t end, ch
     const int64_t pixel = rest % p.pixel_blocks * p.pixel_block, panel = rest / p.pixel_blocks * p.panel_block;
     block_project(p, shared, s, image, pixel, smaller(p.pixel_block, map - pixel),
                   shared.hidden + (image * map + pixel) * p.hidden_stride, panel, smaller(panel + p.panel_block, panel_count),
-                  {});
+                  {}, next_panel(panel, (rest + p.workers) / p.pixel_blocks * p.panel_block, panel_count, p.groups));
   }
 }
 
@@ -326,6 +328,7 @@ inline void block_prepare(void* params, int threads, Work* work) {
     p.panel_block *= unit;
     p.pool_items = p.pooled.data ? threads : 0;
     p.slice_parts = slice_parts(p, p.images * layout.count(), threads);
+    p.workers = threads;
     work->count = 2;
     work->phases[0] = {block_slices_run, &p, p.images * (layout.count() * p.slice_parts + p.pool_items)};
     work->phases[1] = {block_project_run, &p, p.images * p.pixel_blocks * p.panel_blocks};

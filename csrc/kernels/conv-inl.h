@@ -72,6 +72,16 @@ inline void conv_load_row(const ConvParams& p, const ConvScratch& s, int64_t ima
   }
 }
 
+// The image comes from L3 or memory: its next rows come nearer while this one is convolved.
+FASTBLOCKS_INLINE void conv_fetch_rows(const ConvParams& p, int64_t image, int64_t begin, int64_t end) {
+  const int64_t planes = p.planar ? p.in_channels : 1, floats = p.planar ? p.width : p.width * p.x.pixel_stride;
+  for (int64_t iy = begin; iy < end; ++iy)
+    for (int64_t c = 0; c < planes; ++c) {
+      const float* row = p.x.data + image * p.x.image_stride + iy * p.x.row_stride + c * p.x.pixel_stride;
+      for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(row + i);
+    }
+}
+
 // The ring's rows have no padding yet, and recycled memory holds anything.
 FASTBLOCKS_INLINE void conv_clear(const ConvScratch& s) { __builtin_memset(s.ring, 0, (char*)s.end - (char*)s.ring); }
 
@@ -81,6 +91,7 @@ inline int64_t conv_output_row(const ConvParams& p, const ConvScratch& s, int64_
                                int64_t panel_begin, int64_t panel_end, const Destination& to, bool pad_channels) {
   const int64_t first = oy * p.stride[0] - p.padding[0], limit = smaller(p.height, first + s.ring_rows);
   for (next = larger(next, larger(first, 0)); next < limit; ++next) conv_load_row(p, s, image, next);
+  conv_fetch_rows(p, image, next, smaller(p.height, next + p.stride[0]));
   const bool dense = p.dilation[1] == 1;
   const int64_t step = p.planar ? 1 : p.in_channels;  // floats from a column to the next
   int64_t r = 0;

@@ -83,6 +83,10 @@ struct Epilogue {
   bool pad_channels;  // the output has room for whole vectors (scratch): store padding lanes too
 };
 
+// Which panel's weights are fetched while the last panel of a product is computed: the one behind it, as a rule; that of the
+// worker's next item where it is known, since the one behind is mostly another worker's; or none.
+constexpr int64_t kPanelBehind = -1, kNoPanel = -2;
+
 inline void gemm_panel(TileRun t, int64_t pixels, int vectors, const Range& soon) {
   const bool plain = t.valid == vectors * kLanes && !(t.a.run_offsets && (t.scale || t.residual));
   const Finish finish = !plain            ? Finish::kAny
@@ -95,12 +99,7 @@ inline void gemm_panel(TileRun t, int64_t pixels, int vectors, const Range& soon
   const int most = pairs ? 2 * kMostPairs : max_tile_pixels(vectors) - (kRegisters == 16 && vectors == 2 && t.a.depth() <= 32);
   const int64_t tiles = divide_up(pixels, most), base = pixels / tiles, extra = pixels % tiles;
   const auto a_tile = [tiles](int64_t floats) { return round_up(divide_up(floats, tiles), 16); };
-  if (soon.data) {
-    t.ahead = {soon.data, a_tile(soon.floats)};
-  } else if (pixels > kFewPixels && pixels <= kFetchPixels) {
-    const int64_t floats = t.a.depth() * vectors * kLanes;
-    t.ahead = {t.w + floats, a_tile(floats)};
-  }
+  if (soon.data) t.ahead = {soon.data, a_tile(soon.floats)};
   if (pairs) {
     pair_panel(t, pixels / 2);
     if (pixels % 2) tile_functions(1, vectors).by_finish[(int)finish](t, 1);
@@ -111,16 +110,18 @@ inline void gemm_panel(TileRun t, int64_t pixels, int vectors, const Range& soon
 }
 
 // Panels [panel_begin, panel_end) of the product; the epilogue's pointers and `to` are those of channel 0. What is needed soon
-// is fetched on the way.
+// is fetched on the way: `soon`, or else, where pixels are few, weights (of the panel `next` at last).
 inline void gemm(const Pixels& a, int64_t pixels, int64_t out_channels, int64_t panel_begin, int64_t panel_end,
-                 const Epilogue& e, const Destination& to, const Range& soon = {}) {
+                 const Epilogue& e, const Destination& to, const Range& soon = {}, int64_t next = kPanelBehind) {
   if (pixels == 0) return;
   const Panels panels(out_channels);
+  const auto weights = [&](int64_t panel) { return e.product.weight + panels.first_channel(panel) * a.depth(); };
+  const bool fetch_weights = !soon.data && pixels > kFewPixels && pixels <= kFetchPixels;
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const int64_t channel = panels.first_channel(panel);
     const int width = panels.width(panel);
     TileRun t = {a,
-                 e.product.weight + channel * a.depth(),
+                 weights(panel),
                  e.product.scale ? e.product.scale + channel : nullptr,
                  e.product.shift + channel,
                  e.residual ? e.residual + channel : nullptr,
@@ -129,7 +130,10 @@ inline void gemm(const Pixels& a, int64_t pixels, int64_t out_channels, int64_t 
                  e.clamp,
                  e.pad_channels ? width * kLanes : panels.valid(panel),
                  {nullptr, 0}};
-    gemm_panel(t, pixels, width, soon.part(panel - panel_begin, panel_end - panel_begin));
+    Range now = soon.part(panel - panel_begin, panel_end - panel_begin);
+    const int64_t then = panel + 1 < panel_end || next == kPanelBehind ? panel + 1 : next;
+    if (fetch_weights && then >= 0) now = {weights(then), a.depth() * width * kLanes};
+    gemm_panel(t, pixels, width, now);
   }
 }
 

@@ -67,7 +67,7 @@ struct PointwiseParams {
   float* shared;
   // set by prepare
   bool fold;
-  int64_t pixel_block, panel_block, pixel_blocks;
+  int64_t pixel_block, panel_block, pixel_blocks, workers;
 };
 
 struct DepthwiseParams {
@@ -120,7 +120,7 @@ struct BlockParams {
   // set by prepare
   bool fold_expand, fold_project;
   int64_t bands, chunk_rows, step_rows, hidden_stride, pixel_block, pixel_blocks, panel_block, panel_blocks, pool_items,
-      slice_parts;
+      slice_parts, workers;
 };
 
 struct PoolParams {

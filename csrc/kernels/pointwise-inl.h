@@ -15,9 +15,15 @@ FASTBLOCKS_INLINE GroupedProduct pointwise_product(const PointwiseParams& p) {
 // Pixels that go through the scratch of a shuffle at a time: they stay in L1.
 FASTBLOCKS_INLINE int64_t shuffle_pixels(int64_t channels) { return larger(6, 6 * 1024 / larger(channels, 1)); }
 
-// Pixels [m, m + pixels) of the panels [begin, end), counted over all groups.
+// The panel to fetch while an item computes its last one: that of the item that this worker draws next if all keep pace.
+FASTBLOCKS_INLINE int64_t next_panel(int64_t panel, int64_t next, int64_t count, int64_t groups) {
+  if (groups > 1) return kPanelBehind;
+  return next == panel || next >= count ? kNoPanel : next;
+}
+
+// Pixels [m, m + pixels) of the panels [begin, end), counted over all groups. `next`: see gemm.
 inline void pointwise_block(const PointwiseParams& p, int64_t m, int64_t pixels, int64_t begin, int64_t end,
-                            const Destination& to) {
+                            const Destination& to, int64_t next = kPanelBehind) {
   const GroupedProduct product = pointwise_product(p);
   const int64_t count = Panels(product.channels).count;
   for (int64_t g = begin / count; g * count < end; ++g) {
@@ -26,7 +32,7 @@ inline void pointwise_block(const PointwiseParams& p, int64_t m, int64_t pixels,
     const Epilogue e = {product.of(g, p.packed_weight, p.shared), p.clamp,
                         p.residual ? p.residual + m * p.residual_stride + channel : nullptr, p.residual_stride, false};
     gemm(left, pixels, product.channels, larger(begin - g * count, 0), smaller(end - g * count, count), e,
-         {to.data + channel, to.pixel_stride, nullptr});
+         {to.data + channel, to.pixel_stride, nullptr}, {}, next);
   }
 }
 
@@ -38,7 +44,9 @@ inline void pointwise_run(const void* params, int64_t begin, int64_t end, char* 
     const int64_t first = item % p.pixel_blocks * p.pixel_block, panel = item / p.pixel_blocks * p.panel_block;
     const int64_t limit = smaller(first + p.pixel_block, p.pixels), panel_end = smaller(panel + p.panel_block, panel_count);
     if (p.shuffle == 1) {
-      pointwise_block(p, first, limit - first, panel, panel_end, {p.out + first * p.out_stride, p.out_stride, nullptr});
+      const int64_t next = (item + p.workers) / p.pixel_blocks * p.panel_block;
+      pointwise_block(p, first, limit - first, panel, panel_end, {p.out + first * p.out_stride, p.out_stride, nullptr},
+                      next_panel(panel, next, panel_count, p.groups));
       continue;
     }
     const int64_t step = shuffle_pixels(p.out_channels);
@@ -94,6 +102,7 @@ inline void pointwise_prepare(void* params, int threads, Work* work) {
     p.pixel_block = divide_up(p.pixels, larger(p.pixel_blocks, smaller(p.pixels, 4 * (int64_t)threads)));
     p.pixel_blocks = divide_up(p.pixels, p.pixel_block);
   }
+  p.workers = threads;
   work->count = 1;
   work->phases[0] = {pointwise_run, &p, p.pixel_blocks * panel_blocks};
   work->worker_bytes = p.shuffle == 1 ? 0 : (shuffle_pixels(p.out_channels) * p.out_channels + 16) * sizeof(float);
