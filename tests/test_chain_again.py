@@ -201,6 +201,19 @@ def test_holds_no_input_and_no_layer(tier: str) -> None:
 
 
 @native
+def test_refresh(tier: str) -> None:
+    """An edit through .data changes no version: refresh() tells of it."""
+    layers, x = network(), torch.randn(1, 3, 33, 30)
+    with torch.no_grad():
+        [layers(x) for _ in range(3)]
+        last(layers).weight.data.mul_(-2.0)
+        fastblocks.refresh(layers)
+        got = [layers(x) for _ in range(3)]
+        for each in got:
+            torch.testing.assert_close(each, one_by_one(layers, x))
+
+
+@native
 def test_many_python_threads(tier: str) -> None:
     layers = network()
     inputs = [torch.randn(1, 3, 33, 30) for _ in range(4)]
