@@ -177,6 +177,16 @@ FASTBLOCKS_INLINE Vec load_halves(const float* lower, const float* upper, int n)
 #endif
 }
 
+FASTBLOCKS_INLINE Vec swap_halves(Vec v) {
+#if FASTBLOCKS_VECTOR_NATIVE == 512
+  return (Vec)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0x4e);
+#else
+  Vec swapped{};
+  for (int i = 0; i < kLanes; ++i) swapped[i] = v[(i + kHalf) % kLanes];
+  return swapped;
+#endif
+}
+
 // Takes from the compiler what it knows of a pointer. It then computes addresses where they are used, and loads where it is
 // told to: computed or loaded ahead, they would take registers that a kernel needs, and spill its sums.
 template <class T>

@@ -290,8 +290,9 @@ FASTBLOCKS_INLINE void choose_rows(BlockParams& p, bool slices) {
   // Without an expansion the next chunk's input is of the size of this one's hidden channels, and shares the cache with them.
   const int64_t next_floats = expands(p) ? 0 : p.stride * p.width * p.in_channels;
   const int64_t chunk_floats = p.out_width * p.hidden_stride + next_floats;
-  const int64_t chunk = smaller(p.out_height, larger(1, hidden_floats / chunk_floats));
-  p.chunk_rows = divide_up(p.out_height, divide_up(p.out_height, chunk));  // chunks of equal height
+  const int64_t height = slices ? p.out_height : divide_up(p.out_height, p.bands);
+  const int64_t chunk = smaller(height, larger(1, hidden_floats / chunk_floats));
+  p.chunk_rows = divide_up(height, divide_up(height, chunk));  // chunks of equal height
   const int64_t limit = slices ? p.out_height : p.chunk_rows;
   const int64_t step = larger(1, (ring_floats / row_floats - p.kernel) / p.stride + 1);
   p.step_rows = divide_up(limit, divide_up(limit, step));
@@ -311,7 +312,10 @@ inline void block_prepare(void* params, int threads, Work* work) {
   // An odd number of cache lines a pixel: the pixels of a column then spread over all sets of the cache.
   p.hidden_stride = (divide_up(layout.padded(), 16) | 1) * 16;
   const bool whole_images = threads == 1 || p.images % threads == 0 || p.images >= 4 * threads;
-  const bool slices = !whole_images && p.out_height * p.out_width < 28 * 28;
+  // Bands of so many pixels are products as efficient as a map's, and spare a wait between expansion and projection. That
+  // repays the rows at the seam, and weights that each thread reads.
+  const int64_t enough = 84;
+  const bool slices = !whole_images && p.out_height * p.out_width < 28 * 28 && p.out_height / threads * p.out_width < enough;
   p.bands = slices ? 0 : whole_images ? 1 : smaller(p.out_height, threads);
   choose_rows(p, slices);
   p.pixel_block = 0, p.pool_items = 0;

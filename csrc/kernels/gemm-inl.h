@@ -87,6 +87,9 @@ struct Epilogue {
 // worker's next item where it is known, since the one behind is mostly another worker's; or none.
 constexpr int64_t kPanelBehind = -1, kNoPanel = -2;
 
+// Shorter sums end before a line fetched at their beginning is there.
+constexpr int64_t kFarDepth = 32;
+
 inline void gemm_panel(TileRun t, int64_t pixels, int vectors, const Range& soon) {
   const bool plain = t.valid == vectors * kLanes && !(t.a.run_offsets && (t.scale || t.residual));
   const Finish finish = !plain            ? Finish::kAny
@@ -96,12 +99,13 @@ inline void gemm_panel(TileRun t, int64_t pixels, int vectors, const Range& soon
                                           : Finish::kScaled;
   const bool pairs = pairs_pay(t, pixels, vectors);
   // 5 x 2 accumulators lose less between tiles than 6 x 2, which only a long sum repays.
-  const int most = pairs ? 2 * kMostPairs : max_tile_pixels(vectors) - (kRegisters == 16 && vectors == 2 && t.a.depth() <= 32);
+  const int most =
+      pairs ? 2 * most_pairs(vectors - 1) : max_tile_pixels(vectors) - (kRegisters == 16 && vectors == 2 && t.a.depth() <= 32);
   const int64_t tiles = divide_up(pixels, most), base = pixels / tiles, extra = pixels % tiles;
   const auto a_tile = [tiles](int64_t floats) { return round_up(divide_up(floats, tiles), 16); };
   if (soon.data) t.ahead = {soon.data, a_tile(soon.floats)};
   if (pairs) {
-    pair_panel(t, pixels / 2);
+    pair_panel(t, pixels / 2, vectors);
     if (pixels % 2) tile_functions(1, vectors).by_finish[(int)finish](t, 1);
     return;
   }
@@ -126,9 +130,10 @@ inline void gemm(const Pixels& a, int64_t pixels, int64_t out_channels, int64_t 
                  e.product.shift + channel,
                  e.residual ? e.residual + channel : nullptr,
                  e.residual_stride,
-                 {to.data + channel, to.pixel_stride, to.offsets},
+                 {to.data + channel, to.pixel_stride, to.offsets, !e.pad_channels && a.depth() >= kFarDepth},
                  e.clamp,
                  e.pad_channels ? width * kLanes : panels.valid(panel),
+                 panels.valid(panel),
                  {nullptr, 0}};
     Range now = soon.part(panel - panel_begin, panel_end - panel_begin);
     const int64_t then = panel + 1 < panel_end || next == kPanelBehind ? panel + 1 : next;

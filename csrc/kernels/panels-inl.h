@@ -56,11 +56,13 @@ struct Pixels {
   int64_t depth() const { return run_length * run_count; }
 };
 
-// Where the product goes: pixel m stands at data + m * pixel_stride, or at data + offsets[m].
+// Where the product goes: pixel m stands at data + m * pixel_stride, or at data + offsets[m]. `far`: its lines are not in the
+// caches, and are fetched while the sums are made.
 struct Destination {
   float* data;
   int64_t pixel_stride;
   const int64_t* offsets;  // null: in a straight line
+  bool far = false;
 };
 
 // Memory that is needed soon, and its part `index` of `count` equal ones.

@@ -8,7 +8,7 @@
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
 
-FASTBLOCKS_INLINE int max_tile_pixels(int vectors) {
+constexpr FASTBLOCKS_INLINE int max_tile_pixels(int vectors) {
   if (kRegisters == 32) return vectors == 3 ? 9 : vectors == 2 ? 14 : 8;
   return vectors == 3 ? 4 : vectors == 2 ? 6 : 8;
 }
@@ -24,6 +24,24 @@ FASTBLOCKS_INLINE void fetch(Ahead& ahead) {
   if (!ahead.next) return;
   for (int64_t i = 0; i < ahead.floats; i += 16) __builtin_prefetch(ahead.next + i);
   ahead.next += ahead.floats;
+}
+
+// The lines that M pixels of V vectors will be stored to: they come while the sums are made. A tile's stores come all at once,
+// and where each waits for its line, the next tile waits for them.
+template <int M, int V>
+FASTBLOCKS_INLINE void fetch_for_writing(const float* out, int64_t stride) {
+#pragma GCC unroll 32
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+#if defined(__x86_64__)
+      __asm__ volatile("prefetchw %0" : : "m"(out[v * kLanes]));
+#else
+      __builtin_prefetch(out + v * kLanes, 1);
+#endif
+    }
+    out += stride, hide(out);
+  }
 }
 
 // With so few pixels a tile passes too fast for that: it fetches its own weights, this many floats before it needs them.
@@ -43,6 +61,7 @@ struct TileRun {
   Destination to;
   Clamp clamp;
   int valid;  // channels to store
+  int used;   // of these, channels that are not padding
   Ahead ahead;
 };
 
@@ -67,10 +86,8 @@ FASTBLOCKS_INLINE void tile_step(Vec (&sum)[M][V], const float* const (&a)[(M + 
   }
 }
 
-// One run, eight steps at a time and the rest by 4, 2 and 1: a loop of single steps would end in a branch that is predicted
-// wrongly at every tile. kShort: four steps at a time, which is slower and half the code. Returns where the next run's weights
-// begin.
-template <int M, int V, bool kShort>
+// One run, four steps at a time and the rest one by one. Returns where the next run's weights begin.
+template <int M, int V>
 FASTBLOCKS_INLINE const float* tile_sum(Vec (&sum)[M][V], const float* first, int64_t a_stride, const float* w,
                                         int64_t run_length) {
   const float* a[(M + 2) / 3];
@@ -87,15 +104,9 @@ FASTBLOCKS_INLINE const float* tile_sum(Vec (&sum)[M][V], const float* first, in
     for (int i = 0; i < (M + 2) / 3; ++i) a[i] += kCount;
     w += kCount * V * kLanes;
   };
-  if (kShort)
-    for (int64_t k = run_length; k >= 4; k -= 4) steps(Number<4>());
-  else
-    for (int64_t k = run_length; k >= 8; k -= 8) steps(Number<8>());
-  if (run_length & 7) {
-    if (!kShort && run_length & 4) steps(Number<4>());
-    if (run_length & 2) steps(Number<2>());
-    if (run_length & 1) steps(Number<1>());
-  }
+  int64_t k = run_length;
+  for (; k >= 4; k -= 4) steps(Number<4>());
+  for (; k > 0; --k) steps(Number<1>());
   return w;
 }
 
@@ -142,6 +153,7 @@ inline void tile_run(TileRun& state, int64_t tiles) {
   Ahead ahead = t.ahead;
   for (; tiles > 0; --tiles) {
     fetch(ahead);
+    if (t.to.far) fetch_for_writing<M, V>(out, t.to.pixel_stride);
     Vec sum[M][V];
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
@@ -161,9 +173,9 @@ inline void tile_run(TileRun& state, int64_t tiles) {
     if (kFinish == Finish::kFoldedRuns || (kAny && t.a.run_offsets)) {
       const float* w = t.w;
       for (int64_t run = 0; run < t.a.run_count; ++run)
-        w = tile_sum<M, V, kAny>(sum, a + t.a.run_offsets[run], a_stride, w, t.a.run_length);
+        w = tile_sum<M, V>(sum, a + t.a.run_offsets[run], a_stride, w, t.a.run_length);
     } else {
-      tile_sum<M, V, kAny>(sum, a, a_stride, t.w, t.a.run_length);
+      tile_sum<M, V>(sum, a, a_stride, t.w, t.a.run_length);
     }
     if (offsets) {
       tile_store<M, V, kFinish>(sum, t, residual, [&] { return out + *offsets++; });
@@ -189,12 +201,19 @@ struct TileFunctions {
 template <int V>
 struct Tiles;
 
-#define FASTBLOCKS_TILE(V, M)                                                                                \
-  {                                                                                                          \
-    {                                                                                                        \
-      tile_run<M, V, Finish::kFolded>, tile_run<M, V, Finish::kFoldedRuns>, tile_run<M, V, Finish::kScaled>, \
-          tile_run<M, V, Finish::kResidual>, tile_run<M, V, Finish::kAny>                                    \
-    }                                                                                                        \
+// Tiles of less than half the most pixels are few, a map's remainder or a batch of vectors: they ask.
+template <int M, int V>
+constexpr Finish plain(Finish finish) {
+  return 2 * M < max_tile_pixels(V) ? Finish::kAny : finish;
+}
+
+#define FASTBLOCKS_TILE(V, M)                                                                           \
+  {                                                                                                     \
+    {                                                                                                   \
+      tile_run<M, V, plain<M, V>(Finish::kFolded)>, tile_run<M, V, plain<M, V>(Finish::kFoldedRuns)>,   \
+          tile_run<M, V, plain<M, V>(Finish::kScaled)>, tile_run<M, V, plain<M, V>(Finish::kResidual)>, \
+          tile_run<M, V, Finish::kAny>                                                                  \
+    }                                                                                                   \
   }
 #define FASTBLOCKS_TILES_4(V, M) \
   FASTBLOCKS_TILE(V, M + 1), FASTBLOCKS_TILE(V, M + 2), FASTBLOCKS_TILE(V, M + 3), FASTBLOCKS_TILE(V, M + 4)
