@@ -119,7 +119,7 @@ with torch.no_grad():
 
 
 def scratch(threads: int, block: str, channels: int, size: int) -> list[int]:
-    """Bytes that a block takes beside input, output and packed weights, for an image a thread and for 8, in a fresh process.
+    """Bytes beside input, output and packed weights, for a batch of an image a thread and one of 8, in a fresh process.
 
     Threads that share an image take less: each has rows for its part only.
     """

@@ -178,6 +178,26 @@ def test_whole_numbers_are_exact_in_every_channel_count(tier: str) -> None:
         assert torch.equal(y, stock(x, depthwise, c, padding=1)), c
 
 
+def test_half_vectors_of_channels_are_exact(tier: str) -> None:
+    """With AVX-512 a panel may end in half a vector, which two pixels share: from 16 pixels on, in any product."""
+    for i, (c, (h, w)) in enumerate(itertools.product((17, 20, 24, 33, 40, 56, 68), ((4, 4), (3, 7), (5, 9)))):
+        fan, activation = (5, 18, 72)[i % 3], ACTIVATIONS[i % 3]
+        x = integers(2, fan, h, w).contiguous(memory_format=torch.channels_last)
+        conv, residual = integer_record(c, fan), integers(2, c, h, w)
+        y = F.pointwise_conv_bn_act(x, conv, activation=activation)
+        assert torch.equal(y, stock(x, conv, activation=activation)), (c, h, w)
+        y = F.pointwise_conv_bn_act(x, conv, activation="relu", residual=residual)
+        assert torch.equal(y, tF.relu(stock(x, conv) + residual)), (c, h, w)
+        e, d, p = integer_record(c, fan), integer_record(c, 1, 3), integer_record(fan, c)
+        y = F.inverted_residual(x, e, d, p, residual=True, activation="relu")
+        z = stock(stock(x, e, activation="relu"), d, c, "relu", padding=1)
+        assert torch.equal(y, x + stock(z, p)), (c, h, w)
+        picture, stem = integers(1, 3, 2 * h, 2 * w), integer_record(c, 3, 3)
+        for image in (picture, picture.contiguous(memory_format=torch.channels_last)):
+            y = F.conv_bn_act(image, stem, stride=2, padding=1, activation=activation)
+            assert torch.equal(y, stock(image, stem, activation=activation, stride=2, padding=1)), (c, h, w)
+
+
 def test_layouts(tier: str) -> None:
     """Any strides give the same numbers, and the output has the memory format of torch's convolution."""
     for n, c, h, w in ((2, 8, 5, 6), (1, 3, 4, 4), (1, 6, 1, 1), (3, 1, 4, 5), (1, 4, 1, 5)):
@@ -326,15 +346,19 @@ def test_meta_tensors_have_shapes(tier: str) -> None:
 
 
 def test_repeated_runs_are_equal_bit_for_bit_at_any_thread_count(tier: str) -> None:
-    x = torch.randn(2, 24, 30, 30)
-    records = block(24, 6, 24)
+    x, odd = torch.randn(2, 24, 30, 30), torch.randn(1, 24, 31, 27)
+    records, short = block(24, 6, 24), block(24, 2, 24)  # sums of 48 have the scale in their weights
     threads = torch.get_num_threads()
     outputs = []
     try:
         for count in (1, 2, 1):
             torch.set_num_threads(count)
             with running(tier):
-                outputs.append((F.inverted_residual(x, *records, residual=True), F.global_avg_pool(x)))
+                blocks = (
+                    F.inverted_residual(x, *records, residual=True),
+                    F.inverted_residual(odd, *short, residual=True),
+                )
+                outputs.append((*blocks, F.global_avg_pool(x)))
     finally:
         torch.set_num_threads(threads)
     if tier != "reference":

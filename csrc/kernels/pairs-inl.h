@@ -63,6 +63,19 @@ FASTBLOCKS_INLINE const float* pair_sum(PairSums<W> (&sum)[P], const float* firs
   return w;
 }
 
+template <int W>
+FASTBLOCKS_INLINE void add_residual(PairSums<W>& sum, const TileRun& t, const float*& residual) {
+  constexpr int kWhole = W * kLanes;
+  const float* const then = residual + t.residual_stride;
+#pragma GCC unroll 2
+  for (int v = 0; v < W; ++v) {
+    sum.first[v] += load(residual + v * kLanes);
+    sum.second[v] += load(then + v * kLanes);
+  }
+  sum.rest += load_halves(residual + kWhole, then + kWhole, t.used - kWhole);
+  residual = then + t.residual_stride, hide(residual);
+}
+
 // `next`: the address of the first pixel's output, and of one after the other at each call. kPadded: whole vectors are stored,
 // and padding lanes take any number.
 template <int P, int W, bool kScaled, bool kAdded, bool kPadded, class Next>
@@ -84,16 +97,7 @@ FASTBLOCKS_INLINE void pair_store(const PairSums<W> (&sum)[P], const TileRun& t,
       }
       y.rest = y.rest * load_half_twice(scale + kWhole) + load_half_twice(shift + kWhole);
     }
-    if (kAdded) {
-      const float* const then = residual + t.residual_stride;
-#pragma GCC unroll 2
-      for (int v = 0; v < W; ++v) {
-        y.first[v] += load(residual + v * kLanes);
-        y.second[v] += load(then + v * kLanes);
-      }
-      y.rest += load_halves(residual + kWhole, then + kWhole, rest);
-      residual = then + t.residual_stride;
-    }
+    if (kScaled && kAdded) add_residual(y, t, residual);
     float* const one = next();
     float* const two = next();
 #pragma GCC unroll 2
@@ -140,6 +144,11 @@ inline void pair_run(TileRun& state, int64_t tiles) {
     }
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) sum[p].rest = half;
+    if (!kScaled && kAdded) {  // as in a tile, so that a pixel's bits do not depend on which of them it falls into
+      const float* at = residual;
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) add_residual(sum[p], t, at);
+    }
     if (kRuns) {
       const float* w = t.w;
       for (int64_t run = 0; run < t.a.run_count; ++run)

@@ -118,7 +118,7 @@ FASTBLOCKS_INLINE void tile_store(const Vec (&sum)[M][V], const TileRun& t, cons
   const Vec low = broadcast(clamp->low), high = broadcast(clamp->high);
   constexpr bool kAny = kFinish == Finish::kAny;
   const bool scaled = kAny ? t.scale != nullptr : kFinish >= Finish::kScaled;
-  const bool added = kAny ? residual != nullptr : kFinish == Finish::kResidual;
+  const bool added = kAny ? scaled && residual : kFinish == Finish::kResidual;
   const float *scale = t.scale, *shift = t.shift;
   hide(scale), hide(shift);
 #pragma GCC unroll 32
@@ -161,12 +161,15 @@ inline void tile_run(TileRun& state, int64_t tiles) {
 #pragma GCC unroll 32
       for (int m = 0; m < M; ++m) sum[m][v] = start;
     }
-    if (kFinish == Finish::kFolded && residual) {
+    if ((kAny ? folded : kFinish == Finish::kFolded) && residual) {
       const float* at = residual;
 #pragma GCC unroll 32
       for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 3
-        for (int v = 0; v < V; ++v) sum[m][v] += load(at + v * kLanes);
+        for (int v = 0; v < V; ++v) {
+          const int lanes = kAny ? (int)smaller(kLanes, t.valid - v * kLanes) : kLanes;
+          sum[m][v] += lanes == kLanes ? load(at + v * kLanes) : load_partial(at + v * kLanes, lanes);
+        }
         at += t.residual_stride, hide(at);
       }
     }
