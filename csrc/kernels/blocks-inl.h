@@ -4,9 +4,10 @@
 // Expanded channels are made a panel at a time: a few rows of the panel go into a ring of rows with side padding (L1), the
 // depthwise convolution reads them there at once and leaves its result in `hidden`, a chunk of output rows wide enough for
 // the projection to be an efficient matrix product and small enough for L2. Two cuts into items:
-//   bands   large maps, or enough images: an item is a band of output rows, from expansion to projection. Bands of one image
-//           expand the rows at their seam twice.
-//   slices  small maps, few images: weights dominate, so an item is one panel of expanded channels over the whole map (none
+//   bands   large maps, few threads or enough images: an item is a band of output rows, from expansion to projection. Bands of
+//           one image expand the rows at their seam twice.
+//   slices  small maps, few images and more threads: weights dominate, so an item is one panel of expanded channels over the
+//   whole map (none
 //           needs another), and a second phase projects, cut over pixels and output channels.
 //
 // ShuffleNet's grouped unit shuffles the expanded channels. They stay in the order in which the expansion makes them, the taps

@@ -34,7 +34,7 @@ FASTBLOCKS_INLINE void fetch_for_writing(const float* out, int64_t stride) {
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
-#if defined(__x86_64__)
+#if defined(__AVX2__)  // some older cores take the instruction for an error; compilers make a read of it unless told otherwise
       __asm__ volatile("prefetchw %0" : : "m"(out[v * kLanes]));
 #else
       __builtin_prefetch(out + v * kLanes, 1);
