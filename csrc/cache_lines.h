@@ -10,9 +10,10 @@
 
 namespace fastblocks {
 
-// A number that another takes the place of whenever a dictionary changes; 0 where this Python has none.
+// A number that another takes the place of whenever a dictionary changes; 0 where this Python has none: from 3.13 on an
+// attribute that is set on an object may change its dictionary and not the number.
 inline uint64_t version_of_dict(PyObject* dict) {
-#if PY_VERSION_HEX < 0x030e0000
+#if PY_VERSION_HEX < 0x030d0000
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
   return ((PyDictObject*)dict)->ma_version_tag;

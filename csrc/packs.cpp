@@ -82,6 +82,7 @@ std::shared_ptr<const Pack> find_pack(PyObject* weight, const TensorView& v, Pac
   // A tensor of inference mode carries no version, so nothing would tell that it was changed: packed at each call.
   if (call_bool(weight, "is_inference")) return pack;
   if (!known) {
+    if (found != slots().end()) ++forgotten;  // the old slot's storage, and its address, are free
     const Ref key = Ref::checked(PyLong_FromVoidPtr(weight));
     const Ref callback = Ref::checked(PyCFunction_New(&on_death_method, key.get()));
     Slot slot;

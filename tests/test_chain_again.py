@@ -141,6 +141,23 @@ def test_sees_double_precision_and_back(tier: str) -> None:
 
 
 @native
+def test_sees_an_address_that_comes_back(tier: str) -> None:
+    """With other numbers and the same version: the pack in between is another's."""
+    layers, x = network(), torch.randn(1, 3, 33, 30)
+    weight, y = last(layers).weight, torch.randn(1, 8, 17, 15).contiguous(memory_format=torch.channels_last)
+    first, other = torch.ones_like(weight), torch.zeros_like(weight)
+    with torch.no_grad():
+        weight.data = first
+        [layers(x) for _ in range(3)]
+        weight.data = other
+        layers[2](y)
+        first.fill_(2.0)
+        weight.data = first
+        for _ in range(3):
+            torch.testing.assert_close(layers(x), one_by_one(layers, x))
+
+
+@native
 def test_training_in_between(tier: str) -> None:
     layers, x = network(), torch.randn(2, 3, 33, 30)
     with torch.no_grad():

@@ -6,9 +6,8 @@
 // the projection to be an efficient matrix product and small enough for L2. Two cuts into items:
 //   bands   large maps, few threads or enough images: an item is a band of output rows, from expansion to projection. Bands of
 //           one image expand the rows at their seam twice.
-//   slices  small maps, few images and more threads: weights dominate, so an item is one panel of expanded channels over the
-//   whole map (none
-//           needs another), and a second phase projects, cut over pixels and output channels.
+//   slices  small maps, few images, more threads: weights dominate, so an item is one panel of expanded channels over the whole
+//           map (none needs another), and a second phase projects, cut over pixels and output channels.
 //
 // ShuffleNet's grouped unit shuffles the expanded channels. They stay in the order in which the expansion makes them, the taps
 // of the depthwise convolution are put into that order, and each group of the projection interleaves what it needs as it
