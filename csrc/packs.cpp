@@ -72,8 +72,9 @@ Pack::~Pack() { release_slab(data); }
 
 std::shared_ptr<const Pack> find_pack(PyObject* weight, const TensorView& v, Pack::Kind kind, int64_t groups) {
   const auto found = slots().find(weight);
-  const bool known = found != slots().end() && found->second.seen.data == v.data && alike(found->second.seen, v) &&
-                     found->second.version == version_of(weight);
+  const bool there = found != slots().end();
+  const bool known =
+      there && found->second.seen.data == v.data && alike(found->second.seen, v) && found->second.version == version_of(weight);
   if (known) {
     const std::shared_ptr<const Pack>& pack = found->second.packs[kind];
     if (pack && pack->level == current_level() && pack->groups == groups) return pack;
@@ -82,7 +83,7 @@ std::shared_ptr<const Pack> find_pack(PyObject* weight, const TensorView& v, Pac
   // A tensor of inference mode carries no version, so nothing would tell that it was changed: packed at each call.
   if (call_bool(weight, "is_inference")) return pack;
   if (!known) {
-    if (found != slots().end()) ++forgotten;  // the old slot's storage, and its address, are free
+    if (there) ++forgotten;  // the old slot's storage, and its address, are free
     const Ref key = Ref::checked(PyLong_FromVoidPtr(weight));
     const Ref callback = Ref::checked(PyCFunction_New(&on_death_method, key.get()));
     Slot slot;
