@@ -84,6 +84,8 @@ PYBIND11_MODULE(_C, m) {
       if (name == level_name(i)) return use_level(i);
     return false;
   });
+  m.def("split_vectors", &split_vectors);
+  m.def("use_split_vectors", &use_split_vectors);
   m.def("spin_multiply_adds", &spin_multiply_adds, py::call_guard<py::gil_scoped_release>());
   m.def("memory_stats", &stats);
   m.def("empty_cache", &empty_cache, py::call_guard<py::gil_scoped_release>());

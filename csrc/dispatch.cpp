@@ -2,6 +2,10 @@
 
 #include <atomic>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace fastblocks {
 
 namespace baseline {
@@ -38,6 +42,21 @@ bool cpu_has(int index) {
 #endif
 }
 
+// AMD's Zen 4 has AVX-512 on pipes of 256 bits.
+bool cpu_splits_vectors() {
+#if defined(__x86_64__)
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ebx != signature_AMD_ebx) return false;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
+  const unsigned family = (eax >> 8 & 15) + (eax >> 20 & 255);
+  return family == 0x19;
+#else
+  return false;
+#endif
+}
+
+std::atomic<bool> splits_vectors{cpu_splits_vectors()};
+
 struct Levels {
   KernelTable tables[kLevels];
   bool present[kLevels];
@@ -69,6 +88,10 @@ const char* level_name(int index) { return kNames[index]; }
 const KernelTable& kernels() { return levels().tables[levels().current.load(std::memory_order_relaxed)]; }
 
 int current_level() { return levels().current; }
+
+bool split_vectors() { return splits_vectors.load(std::memory_order_relaxed); }
+
+void use_split_vectors(bool split) { splits_vectors = split; }
 
 bool use_level(int index) {
   if (index < 0 || index >= kLevels || !levels().present[index]) return false;

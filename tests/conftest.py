@@ -48,6 +48,22 @@ def running(tier: str) -> Iterator[None]:
         yield
 
 
+def widths(tier: str) -> Iterator[bool]:
+    """Once; at the level of AVX-512, with vectors taken whole and by halves, as on Zen 4."""
+    if not tier.endswith("x86_64_v4"):
+        yield False
+        return
+    from fastblocks import _C
+
+    former = _C.split_vectors()
+    try:
+        for split in (False, True):
+            _C.use_split_vectors(split)
+            yield split
+    finally:
+        _C.use_split_vectors(former)
+
+
 @pytest.fixture(params=_tiers())
 def tier(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each tier in turn, as the current one."""

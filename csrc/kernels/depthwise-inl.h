@@ -25,7 +25,8 @@ FASTBLOCKS_INLINE void depthwise_taps(Vec (&sum)[T], const float* x, int64_t px,
     // [at], [at + px] and [at + 2 * px], then on: few address registers at any pixel stride.
     if (i > 0 && i % 3 == 0) at += 3 * px;
     const float* here = at + i % 3 * px;
-    const Vec value = kPartial ? load_partial(here, lanes) : load(here);
+    Vec value = kPartial ? load_partial(here, lanes) : load(here);
+    hold(value);
 #pragma GCC unroll 8
     for (int kx = 0; kx < K; ++kx)
       if (i >= kx && (i - kx) % S == 0 && (i - kx) / S < T) sum[(i - kx) / S] += value * taps[kx];

@@ -11,6 +11,7 @@
 
 #include "batch_norm-inl.h"
 #include "pairs-inl.h"
+#include "split-inl.h"
 #include "tiles-inl.h"
 
 namespace fastblocks {
@@ -97,13 +98,19 @@ inline void gemm_panel(TileRun t, int64_t pixels, int vectors, const Range& soon
                         : !t.scale        ? Finish::kFolded  // a residual is where its sums begin
                         : t.residual      ? Finish::kResidual
                                           : Finish::kScaled;
-  const bool pairs = pairs_pay(t, pixels, vectors);
+  const bool halves = halves_pay(t, pixels, vectors), split = halves && split_vectors(), pairs = halves && !split;
   // 5 x 2 accumulators lose less between tiles than 6 x 2, which only a long sum repays.
-  const int most =
-      pairs ? 2 * most_pairs(vectors - 1) : max_tile_pixels(vectors) - (kRegisters == 16 && vectors == 2 && t.a.depth() <= 32);
+  const int most = split   ? most_split(vectors - 1)
+                   : pairs ? 2 * most_pairs(vectors - 1)
+                           : tile_pixels(vectors) - (kRegisters == 16 && vectors == 2 && t.a.depth() <= 32);
   const int64_t tiles = divide_up(pixels, most), base = pixels / tiles, extra = pixels % tiles;
   const auto a_tile = [tiles](int64_t floats) { return round_up(divide_up(floats, tiles), 16); };
   if (soon.data) t.ahead = {soon.data, a_tile(soon.floats)};
+  if (split) {
+    const int64_t rest = pixels - split_panel(t, pixels, vectors);
+    if (rest) tile_functions(rest, vectors).by_finish[(int)finish](t, 1);
+    return;
+  }
   if (pairs) {
     pair_panel(t, pixels / 2, vectors);
     if (pixels % 2) tile_functions(1, vectors).by_finish[(int)finish](t, 1);

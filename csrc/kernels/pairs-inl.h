@@ -10,7 +10,8 @@ namespace FASTBLOCKS_LEVEL {
 // Pairs a tile, beside W whole vectors: 24 or 25 sums, W + 1 vectors of weights, 3 of pixels.
 FASTBLOCKS_INLINE constexpr int most_pairs(int whole) { return whole == 1 ? 8 : 5; }
 
-FASTBLOCKS_INLINE bool pairs_pay(const TileRun& t, int64_t pixels, int vectors) {
+// Whether the last half of a panel is to be computed as one, rather than as a vector.
+FASTBLOCKS_INLINE bool halves_pay(const TileRun& t, int64_t pixels, int vectors) {
   const int rest = t.used - (vectors - 1) * kLanes;
   return kRegisters == 32 && vectors >= 2 && rest > 0 && rest <= kHalf && pixels >= 2 * most_pairs(vectors - 1) &&
          !(t.a.run_offsets && (t.scale || t.residual)) && !(t.to.offsets && t.valid == t.used);
@@ -173,6 +174,13 @@ struct PairFunctions {
   PairFunction scaled, scaled_residual, folded, folded_residual, folded_runs;
 };
 
+FASTBLOCKS_INLINE PairFunction function_for(const PairFunctions& f, const TileRun& t) {
+  return t.scale           ? t.residual ? f.scaled_residual : f.scaled
+         : t.a.run_offsets ? f.folded_runs
+         : t.residual      ? f.folded_residual
+                           : f.folded;
+}
+
 #define FASTBLOCKS_PAIRS(W, P)                                                                                 \
   {pair_run<P, W, true, false, false>, pair_run<P, W, true, true, false>, pair_run<P, W, false, false, false>, \
    pair_run<P, W, false, true, false>, pair_run<P, W, false, false, true>}
@@ -186,11 +194,7 @@ inline void pair_panel(TileRun& t, int64_t pairs, int vectors) {
   static constexpr PairFunctions kTwo[] = {FASTBLOCKS_PAIRS(2, 3), FASTBLOCKS_PAIRS(2, 4), FASTBLOCKS_PAIRS(2, 5)};
   const int64_t tiles = divide_up(pairs, most_pairs(vectors - 1)), base = pairs / tiles, extra = pairs % tiles;
   const auto run = [&](int64_t size, int64_t count) {
-    const PairFunctions& f = vectors == 2 ? kOne[size - 4] : kTwo[size - 3];
-    (t.scale           ? t.residual ? f.scaled_residual : f.scaled
-     : t.a.run_offsets ? f.folded_runs
-     : t.residual      ? f.folded_residual
-                       : f.folded)(t, count);
+    function_for(vectors == 2 ? kOne[size - 4] : kTwo[size - 3], t)(t, count);
   };
   if (extra) run(base + 1, extra);
   run(base, tiles - extra);

@@ -8,6 +8,9 @@
 
 namespace fastblocks {
 
+// Whether the CPU works on the widest vectors by halves (dispatch.cpp).
+bool split_vectors();
+
 // One BatchNorm and the bias of the convolution before it, as pointers to their `channels` values; any may be null.
 struct BatchNorm {
   const float* conv_bias;
