@@ -89,7 +89,7 @@ struct Epilogue {
 constexpr int64_t kPanelBehind = -1, kNoPanel = -2;
 
 // Shorter sums end before a line fetched at their beginning is there.
-constexpr int64_t kFarDepth = 32;
+constexpr int64_t kFarDepth = 16;
 
 inline void gemm_panel(TileRun t, int64_t pixels, int vectors, const Range& soon) {
   const bool plain = t.valid == vectors * kLanes && !(t.a.run_offsets && (t.scale || t.residual));

@@ -140,6 +140,7 @@ struct WindowPoolParams {
   int64_t images, height, width, channels, out_height, out_width;
   int64_t kernel[2], stride[2], padding[2];
   Image x, out;
+  const ConvParams* stem;  // makes x from an image, a few rows at a time; null: x is in memory
   int64_t bands;
 };
 

@@ -1,8 +1,7 @@
 // Pooling: global (the mean of all pixels of each channel), and over windows (mean or maximum).
 #pragma once
 
-#include "../vec.h"
-#include "params.h"
+#include "conv-inl.h"
 
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
@@ -107,11 +106,16 @@ inline void pool_rows(const WindowPoolParams& p, int64_t image, int64_t begin, i
   }
 }
 
+FASTBLOCKS_INLINE void pool_band(const WindowPoolParams& p, int64_t item, int64_t* image, int64_t* from, int64_t* to) {
+  const int64_t band = item % p.bands;
+  *image = item / p.bands, *from = band * p.out_height / p.bands, *to = (band + 1) * p.out_height / p.bands;
+}
+
 inline void window_pool_run(const void* params, int64_t begin, int64_t end, char*) noexcept {
   const WindowPoolParams& p = *static_cast<const WindowPoolParams*>(params);
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t image = item / p.bands, band = item % p.bands;
-    const int64_t from = band * p.out_height / p.bands, to = (band + 1) * p.out_height / p.bands;
+    int64_t image, from, to;
+    pool_band(p, item, &image, &from, &to);
     if (p.average)
       pool_rows<true>(p, image, from, to);
     else
@@ -119,12 +123,61 @@ inline void window_pool_run(const void* params, int64_t begin, int64_t end, char
   }
 }
 
+// The rows of a stem's output under some rows of the pool's, in scratch that stays in L2; windows that overlap share some.
+struct StemRows {
+  ConvScratch conv;
+  float* rows;
+  int64_t pixel_stride, row_stride, out_rows;
+  size_t bytes;  // of all scratch
+};
+
+FASTBLOCKS_INLINE StemRows stem_rows(const WindowPoolParams& p, char* memory) {
+  StemRows s;
+  size_t bytes;
+  s.conv = conv_scratch(*p.stem, memory, &bytes);
+  bytes = round_up(bytes, 64);
+  s.rows = reinterpret_cast<float*>(memory + bytes);
+  s.pixel_stride = round_up(p.channels, kLanes), s.row_stride = p.width * s.pixel_stride;
+  const int64_t fitting = 32 * 1024 / s.row_stride;
+  s.out_rows = larger(1, (fitting - p.kernel[0]) / p.stride[0] + 1);
+  s.bytes = bytes + ((s.out_rows - 1) * p.stride[0] + p.kernel[0]) * s.row_stride * sizeof(float);
+  return s;
+}
+
+inline void stem_pool_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
+  const WindowPoolParams& p = *static_cast<const WindowPoolParams*>(params);
+  const StemRows s = stem_rows(p, memory);
+  const int64_t panels = Panels(p.channels).count;
+  conv_clear(s.conv);
+  WindowPoolParams part = p;
+  part.x = {nullptr, 0, s.row_stride, s.pixel_stride};
+  for (int64_t item = begin; item < end; ++item) {
+    int64_t image, from, to;
+    pool_band(p, item, &image, &from, &to);
+    int64_t first = 0, made = 0, next = 0;  // rows [first, made) are there; of the image, those below `next`
+    for (int64_t oy = from; oy < to; oy += s.out_rows) {
+      const int64_t oy_end = smaller(to, oy + s.out_rows);
+      const int64_t y = larger(0, oy * p.stride[0] - p.padding[0]);
+      const int64_t y_end = smaller(p.height, (oy_end - 1) * p.stride[0] - p.padding[0] + p.kernel[0]);
+      if (made > y) __builtin_memmove(s.rows, s.rows + (y - first) * s.row_stride, (made - y) * s.row_stride * sizeof(float));
+      first = y;
+      for (made = larger(made, y); made < y_end; ++made)
+        next = conv_output_row(*p.stem, s.conv, image, made, next, 0, panels,
+                               {s.rows + (made - first) * s.row_stride, s.pixel_stride, nullptr}, true);
+      part.x.data = s.rows - first * s.row_stride;
+      pool_rows<false>(part, image, oy, oy_end);
+    }
+  }
+}
+
 inline void window_pool_prepare(void* params, int threads, Work* work) {
   WindowPoolParams& p = *static_cast<WindowPoolParams*>(params);
-  p.bands = threads > 1 ? smaller(p.out_height, divide_up(4 * (int64_t)threads, p.images)) : 1;
+  // At the seam of two bands a stem makes some rows twice.
+  const int64_t parts = (p.stem ? 2 : 4) * (int64_t)threads;
+  p.bands = threads > 1 ? smaller(p.out_height, divide_up(parts, p.images)) : 1;
   work->count = 1;
-  work->phases[0] = {window_pool_run, &p, p.images * p.bands};
-  work->worker_bytes = 0;
+  work->phases[0] = {p.stem ? stem_pool_run : window_pool_run, &p, p.images * p.bands};
+  work->worker_bytes = p.stem ? stem_rows(p, nullptr).bytes : 0;
   work->shared_bytes = 0;
   work->shared = nullptr;
 }

@@ -53,6 +53,11 @@ class WindowPool : public CallOf<WindowPoolParams> {
   void steps(std::vector<Step>& to) override {
     if (p_.images > 0 && p_.channels > 0) to.push_back({&kernels().window_pool, &p_});
   }
+  bool absorb(ConvParams* stem) override {
+    if (kAverage) return false;
+    stem->absorbed = true, p_.stem = stem;
+    return true;
+  }
 };
 
 }  // namespace
