@@ -48,18 +48,23 @@ def running(tier: str) -> Iterator[None]:
         yield
 
 
-def widths(tier: str) -> Iterator[bool]:
-    """Once; at the level of AVX-512, with vectors taken whole and by halves, as on Zen 4."""
-    if not tier.endswith("x86_64_v4"):
-        yield False
+def widths(tier: str) -> tuple[bool | None, ...]:
+    """Ways of taking the widest vectors, for `taking`: at the level of AVX-512 whole, and by halves as on Zen 4."""
+    return (False, True) if tier.endswith("x86_64_v4") else (None,)
+
+
+@contextlib.contextmanager
+def taking(split: bool | None) -> Iterator[None]:
+    """Kernels that take the widest vectors by halves, or whole; None: as they are."""
+    if split is None:
+        yield
         return
     from fastblocks import _C
 
     former = _C.split_vectors()
+    _C.use_split_vectors(split)
     try:
-        for split in (False, True):
-            _C.use_split_vectors(split)
-            yield split
+        yield
     finally:
         _C.use_split_vectors(former)
 

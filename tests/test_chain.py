@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import settled
+from conftest import settled, taking, widths
 from torch import Tensor, nn
 
 import fastblocks
@@ -267,7 +267,7 @@ def test_the_other_backend_is_taken_up() -> None:
 
 @native
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("window", [(3, 2, 1), (3, 2, 0), (2, 2, 0), (3, 1, 1), (2, 3, 0), (5, 2, 2), (1, 1, 0)])
+@pytest.mark.parametrize("window", [(3, 2, 1), (3, 2, 0), (2, 2, 0), (3, 1, 1), (2, 3, 0), (4, 2, 2), (1, 1, 0)])
 def test_a_pool_makes_its_stem_row_by_row(tier: str, threads: int, window: tuple[int, int, int]) -> None:
     """Windows overlap, touch or leave rows out; rows are made in one go or in many. A NaN stays where it was."""
     layers = settled(Sequential(ConvBNAct(3, 24, stride=2), fastblocks.MaxPool2d(*window), PointwiseConvBNAct(24, 8)))
@@ -275,14 +275,15 @@ def test_a_pool_makes_its_stem_row_by_row(tier: str, threads: int, window: tuple
     torch.set_num_threads(threads)
     try:
         with torch.no_grad():
-            for size in ((1, 3, 16, 16), (3, 3, 39, 34), (2, 3, 9, 2500), (1, 3, 226, 226)):
+            for size in ((1, 3, 46, 16), (3, 3, 39, 34), (2, 3, 51, 2500), (1, 3, 226, 226)):
                 for memory_format in (torch.contiguous_format, torch.channels_last):
                     x = torch.randn(size).contiguous(memory_format=memory_format)
                     x[0, 1, :5, 0] = torch.nan
                     want = one_by_one(layers, x)
                     assert want.isnan().any()
-                    for _ in range(3):
-                        torch.testing.assert_close(layers(x), want, rtol=0, atol=0, equal_nan=True)
+                    for split in 2 * widths(tier):
+                        with taking(split):
+                            torch.testing.assert_close(layers(x), want, rtol=0, atol=0, equal_nan=True)
     finally:
         torch.set_num_threads(before)
     assert chained(layers) == tier.startswith("native")
@@ -294,6 +295,7 @@ def test_what_is_absorbed_takes_no_memory(reader: str) -> None:
     """The stem's output, 32 x 256 x 256 numbers, is no part of the peak, in a process of its own."""
     code = f"""
 import torch, fastblocks
+torch.set_num_threads(1)
 layers = fastblocks.Sequential(fastblocks.ConvBNAct(3, 32, stride=2), {reader}).eval()
 with torch.no_grad():
     for _ in range(3):

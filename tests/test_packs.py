@@ -134,6 +134,25 @@ def test_a_weight_that_is_gone_keeps_no_pack():
     assert native.pack_slots() == before
 
 
+def test_a_classifier_that_trains_is_multiplied_by_torch():
+    """A pack would be good for one step. A frozen weight is packed, whoever else trains."""
+    from fastblocks.backends import native
+
+    x, linear = torch.randn(4, 24, requires_grad=True), nn.Linear(24, 10)
+    gc.collect()
+    before = native.pack_slots()
+    y = fastblocks.functional.linear(x, linear.weight, linear.bias)
+    assert native.pack_slots() == before and torch.equal(y, linear(x))
+    y.square().sum().backward()
+    got = [t.grad for t in (x, linear.weight, linear.bias)]
+    x.grad = linear.weight.grad = linear.bias.grad = None
+    linear(x).square().sum().backward()
+    assert all(map(torch.equal, got, [t.grad for t in (x, linear.weight, linear.bias)]))
+    linear.weight.requires_grad_(False)
+    fastblocks.functional.linear(x, linear.weight, linear.bias).sum().backward()
+    assert native.pack_slots() == before + 1
+
+
 def test_weights_of_inference_mode_are_never_stale():
     with torch.inference_mode():
         layer = _layer()

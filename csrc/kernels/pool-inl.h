@@ -140,7 +140,8 @@ FASTBLOCKS_INLINE StemRows stem_rows(const WindowPoolParams& p, char* memory) {
   s.pixel_stride = round_up(p.channels, kLanes), s.row_stride = p.width * s.pixel_stride;
   const int64_t fitting = 32 * 1024 / s.row_stride;
   s.out_rows = larger(1, (fitting - p.kernel[0]) / p.stride[0] + 1);
-  s.bytes = bytes + ((s.out_rows - 1) * p.stride[0] + p.kernel[0]) * s.row_stride * sizeof(float);
+  const int64_t most = smaller(p.height, (s.out_rows - 1) * p.stride[0] + p.kernel[0]);
+  s.bytes = bytes + most * s.row_stride * sizeof(float);
   return s;
 }
 
@@ -173,8 +174,8 @@ inline void stem_pool_run(const void* params, int64_t begin, int64_t end, char* 
 inline void window_pool_prepare(void* params, int threads, Work* work) {
   WindowPoolParams& p = *static_cast<WindowPoolParams*>(params);
   // At the seam of two bands a stem makes some rows twice.
-  const int64_t parts = (p.stem ? 2 : 4) * (int64_t)threads;
-  p.bands = threads > 1 ? smaller(p.out_height, divide_up(parts, p.images)) : 1;
+  const int64_t parts = (p.stem ? 2 : 4) * (int64_t)threads, most = p.stem ? larger(1, p.out_height / 2) : p.out_height;
+  p.bands = threads > 1 ? smaller(most, divide_up(parts, p.images)) : 1;
   work->count = 1;
   work->phases[0] = {p.stem ? stem_pool_run : window_pool_run, &p, p.images * p.bands};
   work->worker_bytes = p.stem ? stem_rows(p, nullptr).bytes : 0;

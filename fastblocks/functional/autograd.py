@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastblocks.backends import reference, state
+from fastblocks.backends import counts, reference, state
 from fastblocks.functional.plain import gradient_batch
 
 
@@ -115,13 +115,18 @@ class Shuffle(torch.autograd.Function):
         return (None, None, *grad.split(ctx.channels, 1))
 
 
+def trains_by_torch(name: str, args: Sequence[Any]) -> bool:
+    """Whether a call with gradients is left to torch: packing a weight at every step takes five times its product."""
+    return name == "linear" and bool(args[1].requires_grad)
+
+
 def differentiable(name: str, args: Sequence[Any]) -> Any:
     """The current tier's function on checked arguments, recorded for backward; without torch's dispatcher."""
     function = state.table[name]
     if state.compiled is None:
         return function(*args)
-    if name == "linear" and args[1].requires_grad:
-        # packing a weight that changes at every step costs five times torch's whole product
+    if trains_by_torch(name, args):
+        counts.called(name, "reference")
         return reference.linear(*args)
     if name in SHUFFLES:
         return Shuffle.apply(function, args[-1], *args[:-1])

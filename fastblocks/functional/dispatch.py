@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastblocks.backends import counts, reference, state
-from fastblocks.functional.autograd import differentiable
+from fastblocks.functional.autograd import differentiable, trains_by_torch
 from fastblocks.functional.plain import fallback_reason, nothing_watches, readable
 from fastblocks.functional.registration import OPS
 
@@ -47,8 +47,10 @@ def run(name: str, args: tuple[Any, ...], tensors: Iterable[Any]) -> Any:
     tensors = tuple(tensors)
     if not nothing_watches() or not readable(tensors):
         return OPS[name](*args)
-    if state.name == "native":  # the numba tier counts its own calls, those from call sites too
+    records = _grad() and any(t is not None and t.requires_grad for t in tensors)
+    # the numba tier counts its own calls, those from call sites too
+    if state.name == "native" and not (records and trains_by_torch(name, args)):
         counts.called(name, "native")
-    if _grad() and any(t is not None and t.requires_grad for t in tensors):
+    if records:
         return differentiable(name, args)
     return table[name](*args)
