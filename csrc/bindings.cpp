@@ -10,6 +10,7 @@
 #include "ops.h"
 #include "packs.h"
 #include "parallel.h"
+#include "recall.h"
 #include "site.h"
 #include "tensors.h"
 
@@ -62,6 +63,11 @@ PYBIND11_MODULE(_C, m) {
     PyObject* chain = make_chain(description.ptr());
     if (!chain) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(chain);
+  });
+  m.def("make_recall", [](py::handle description) {
+    PyObject* functions = make_recall(description.ptr());
+    if (!functions) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(functions);
   });
   m.def("forget_pack", [](py::handle weight) { forget_pack(weight.ptr()); });
   m.def("forget_packs", &forget_packs);

@@ -32,22 +32,6 @@ bool same_children(const Modules& s) {
   return next == s.children.size();
 }
 
-bool same_settings(const Modules& s) {
-  for (const Setting& setting : s.settings) {
-    PyObject* found = PyDict_GetItemWithError(setting.dict.get(), setting.name.get());
-    if (found == setting.value.get()) continue;
-    if (!found) {
-      if (PyErr_Occurred()) throw PythonError();
-      return false;
-    }
-    const Ref held = Ref::borrow(found);
-    const int equal = PyObject_RichCompareBool(found, setting.value.get(), Py_EQ);
-    if (equal < 0) throw PythonError();
-    if (!equal) return false;
-  }
-  return true;
-}
-
 // Whether a tensor is of the same type, sizes and strides; that it is on the CPU and float32 follows from its having a view.
 bool same_tensor(const Place& p, PyObject* tensor) {
   if ((PyObject*)Py_TYPE(tensor) != p.type.get()) return false;
@@ -113,6 +97,29 @@ bool truth_of(PyObject* function) {
   return found == 1;
 }
 
+bool same_settings(const std::vector<Setting>& settings) {
+  for (const Setting& setting : settings) {
+    PyObject* found = PyDict_GetItemWithError(setting.dict.get(), setting.name.get());
+    if (found == setting.value.get()) continue;
+    if (!found) {
+      if (PyErr_Occurred()) throw PythonError();
+      return false;
+    }
+    const Ref held = Ref::borrow(found);
+    const int equal = PyObject_RichCompareBool(found, setting.value.get(), Py_EQ);
+    if (equal < 0) throw PythonError();
+    if (!equal) return false;
+  }
+  return true;
+}
+
+std::vector<Setting> settings_at(PyObject* d, Py_ssize_t at) {
+  std::vector<Setting> settings;
+  for (const Ref& described : list_of(item(d, at).get(), false))
+    settings.push_back({item(described.get(), 0), item(described.get(), 1), item(described.get(), 2)});
+  return settings;
+}
+
 Modules modules_at(PyObject* d, Py_ssize_t at) {
   Modules m;
   m.tables = list_of(item(d, at).get(), true);
@@ -126,14 +133,13 @@ Modules modules_at(PyObject* d, Py_ssize_t at) {
   }
   m.states = list_of(item(d, at + 1).get(), true), m.states_size = total_size(m.states);
   m.hooks = list_of(item(d, at + 2).get(), true), m.backward_hooks = list_of(item(d, at + 3).get(), true);
-  for (const Ref& described : list_of(item(d, at + 4).get(), false))
-    m.settings.push_back({item(described.get(), 0), item(described.get(), 1), item(described.get(), 2)});
+  m.settings = settings_at(d, at + 4);
   return m;
 }
 
 bool unchanged(const Modules& m, bool grad) {
   return same_children(m) && all_empty(m.hooks) && !(grad && !all_empty(m.backward_hooks)) &&
-         total_size(m.states) == m.states_size && same_settings(m);
+         total_size(m.states) == m.states_size && same_settings(m.settings);
 }
 
 // Torch's guard knows more of a tensor than its view says (whether it needs a gradient, whether its values are negated, which

@@ -58,6 +58,10 @@ std::vector<Ref> list_of(PyObject* sequence, bool dicts);
 bool truth_of(PyObject* function);
 inline PyObject* none() { return Py_NewRef(Py_None); }
 
+// The item `at` of a description: triples of dictionary, key and value; and whether the values stand there now.
+std::vector<Setting> settings_at(PyObject* description, Py_ssize_t at);
+bool same_settings(const std::vector<Setting>& settings);
+
 // The items of a description from `at` on: tables, states, hooks, backward hooks, settings.
 Modules modules_at(PyObject* description, Py_ssize_t at);
 

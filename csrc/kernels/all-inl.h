@@ -9,7 +9,7 @@
 #include "pointwise-inl.h"
 #include "pool-inl.h"
 #include "product-inl.h"
-#include "shuffle-inl.h"
+#include "shuffle_op-inl.h"
 
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {

@@ -154,7 +154,8 @@ struct ShuffleParams {
     int64_t image_stride, pixel_stride, channels;
   } in[2], out[2];
   int in_count, out_count;
-  int64_t block, blocks;
+  int64_t block;  // set by prepare: an item's pixels, or planes; and whether outputs go past the caches
+  bool past;
 };
 
 // `steps` multiply-adds in each of a level's chains, once a worker. Set by prepare: the floating point operations of it all.

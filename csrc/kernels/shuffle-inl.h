@@ -1,4 +1,5 @@
-// Channel shuffle (ShuffleNet, section 3.2): channel g * n + j of `groups` times n channels becomes channel j * groups + g.
+// Channel shuffle (ShuffleNet, section 3.2) of one pixel: channel g * n + j of `groups` times n channels becomes channel
+// j * groups + g.
 //
 // Of NHWC data that is an interleaving of `groups` streams, a vector of each at a time: two vectors are interleaved by two
 // permutations, three by two each, and 4 and 8 are made of pairs.
@@ -24,6 +25,17 @@ FASTBLOCKS_INLINE Vec interleave_triple(Vec a, Vec b, Vec c, std::integer_sequen
 }
 
 typedef std::make_integer_sequence<int, kLanes> LaneIndices;
+
+// The first n lanes, where n may be none, or more than there are.
+FASTBLOCKS_INLINE Vec load_first(const float* p, int64_t n) {
+  return n >= kLanes ? load(p) : n > 0 ? load_partial(p, (int)n) : Vec{};
+}
+FASTBLOCKS_INLINE void store_first(float* p, int64_t n, Vec v) {
+  if (n >= kLanes)
+    store(p, v);
+  else if (n > 0)
+    store_partial(p, (int)n, v);
+}
 
 // v[s] holds kLanes values of stream s; afterwards v[0], v[1], ... are the interleaved values.
 template <int S>
@@ -69,7 +81,7 @@ FASTBLOCKS_INLINE void interleave_loose(const float* const* streams, int64_t beg
 }
 
 // The same without a byte too much. What whole blocks leave over is done by a last block that ends there, and partly repeats
-// the one before; value by value only where there is no room for one.
+// the one before; where there is none before, by a part of a block; and what is no whole round of the streams, value by value.
 template <int S>
 FASTBLOCKS_INLINE void interleave_exact(const float* const* streams, int64_t begin, int64_t end, float* out) {
   constexpr int64_t kBlock = S * kLanes;
@@ -83,106 +95,125 @@ FASTBLOCKS_INLINE void interleave_exact(const float* const* streams, int64_t beg
   };
   int64_t i = begin;
   for (; i < end && i % S; ++i) out[i - begin] = streams[i % S][i / S];
-  const int64_t first = i;
+  const int64_t first = i, rounds_end = end - end % S;
   for (; i + kBlock <= end; i += kBlock) block(i);
-  if (i < end && i > first && end % S == 0) {
-    block(end - kBlock);
-    return;
+  if (i < rounds_end && i > first) {
+    block(rounds_end - kBlock);
+    i = rounds_end;
+  } else if (i < rounds_end) {
+    const int64_t count = rounds_end - i;
+    Vec v[S];
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s) v[s] = load_partial(streams[s] + i / S, (int)(count / S));
+    interleave<S>(v);
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s) store_first(out + (i - begin) + s * kLanes, count - s * kLanes, v[s]);
+    i = rounds_end;
   }
   for (; i < end; ++i) out[i - begin] = streams[i % S][i / S];
 }
 
+template <int S, int kStream, int... E>
+FASTBLOCKS_INLINE Vec pick(const Vec* v, std::integer_sequence<int, E...>) {
+  if constexpr (S == 2) {
+    return __builtin_shufflevector(v[0], v[1], (2 * E + kStream)...);
+  } else {  // of three
+    const Vec ab = __builtin_shufflevector(v[0], v[1], (3 * E + kStream < 2 * kLanes ? 3 * E + kStream : 0)...);
+    return __builtin_shufflevector(ab, v[2], (3 * E + kStream < 2 * kLanes ? E : 3 * E + kStream - kLanes)...);
+  }
+}
+
+// The inverse of interleave.
+template <int S>
+FASTBLOCKS_INLINE void deinterleave(Vec (&v)[S]) {
+  if constexpr (S == 2) {
+    const Vec from[2] = {v[0], v[1]};
+    v[0] = pick<2, 0>(from, LaneIndices());
+    v[1] = pick<2, 1>(from, LaneIndices());
+  } else if constexpr (S == 3) {
+    const Vec from[3] = {v[0], v[1], v[2]};
+    v[0] = pick<3, 0>(from, LaneIndices());
+    v[1] = pick<3, 1>(from, LaneIndices());
+    v[2] = pick<3, 2>(from, LaneIndices());
+  } else {
+    Vec even[S / 2], odd[S / 2];
+#pragma GCC unroll 8
+    for (int s = 0; s < S / 2; ++s) {
+      Vec pair[2] = {v[2 * s], v[2 * s + 1]};
+      deinterleave<2>(pair);
+      even[s] = pair[0], odd[s] = pair[1];
+    }
+    deinterleave<S / 2>(even);
+    deinterleave<S / 2>(odd);
+#pragma GCC unroll 8
+    for (int s = 0; s < S / 2; ++s) v[2 * s] = even[s], v[2 * s + 1] = odd[s];
+  }
+}
+
+// `count` values of each of S streams, interleaved at x, to streams of their own; no byte beyond them is touched.
+template <int S>
+FASTBLOCKS_INLINE void deinterleave_exact(const float* x, int64_t count, float* const* streams) {
+  const auto block = [&](int64_t j) __attribute__((always_inline)) {
+    Vec v[S];
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s) v[s] = load(x + j * S + s * kLanes);
+    deinterleave<S>(v);
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s) store(streams[s] + j, v[s]);
+  };
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) block(j);
+  if (j == count) return;
+  if (j > 0) return block(count - kLanes);
+  Vec v[S];
+#pragma GCC unroll 8
+  for (int s = 0; s < S; ++s) v[s] = load_first(x + s * kLanes, count * S - s * kLanes);
+  deinterleave<S>(v);
+#pragma GCC unroll 8
+  for (int s = 0; s < S; ++s) store_partial(streams[s], (int)count, v[s]);
+}
+
 constexpr int64_t kMostStreams = 8;  // with vectors
+
+// Calls run with the number of streams as a constant. False where vectors know no such number.
+template <class Run>
+FASTBLOCKS_INLINE bool with_streams(int64_t count, Run run) {
+  switch (count) {
+    case 2: run(std::integral_constant<int, 2>()); return true;
+    case 3: run(std::integral_constant<int, 3>()); return true;
+    case 4: run(std::integral_constant<int, 4>()); return true;
+    case 8: run(std::integral_constant<int, 8>()); return true;
+    default: return false;
+  }
+}
 
 // Any number of evenly spaced streams.
 template <bool kExact>
 inline void interleave_streams(const float* x, int64_t stream_stride, int64_t count, int64_t begin, int64_t end, float* out) {
-  const float* streams[kMostStreams];
-  for (int64_t s = 0; s < smaller(count, kMostStreams); ++s) streams[s] = x + s * stream_stride;
-  const auto run = [&](auto number) __attribute__((always_inline)) {
+  const bool done = with_streams(count, [&](auto number) __attribute__((always_inline)) {
     constexpr int S = decltype(number)::value;
+    const float* streams[S];
+    for (int s = 0; s < S; ++s) streams[s] = x + s * stream_stride;
     if (kExact)
       interleave_exact<S>(streams, begin, end, out);
     else
       interleave_loose<S>(streams, begin, end, out);
-  };
-  switch (count) {
-    case 2: return run(std::integral_constant<int, 2>());
-    case 3: return run(std::integral_constant<int, 3>());
-    case 4: return run(std::integral_constant<int, 4>());
-    case 8: return run(std::integral_constant<int, 8>());
-    default: break;
-  }
+  });
+  if (done) return;
+  // Streams of a few values side by side, all of them: as many streams interleaved.
+  const bool whole = begin == 0 && end == count * stream_stride;
+  if (whole && with_streams(stream_stride, [&](auto number) __attribute__((always_inline)) {
+        constexpr int S = decltype(number)::value;
+        float* streams[S];
+        for (int s = 0; s < S; ++s) streams[s] = out + s * count;
+        deinterleave_exact<S>(x, count, streams);
+      }))
+    return;
   int64_t s = begin % count, j = begin / count;
   for (int64_t i = begin; i < end; ++i) {
     *out++ = x[s * stream_stride + j];
     if (++s == count) s = 0, ++j;
   }
-}
-
-// ------------------------------------------------------------------------------------------------ the op
-
-// One pixel: outputs' channels [0, p.channels), in order. The groups lie in the inputs evenly where there is one input, or two
-// with half of the groups each; else channel by channel.
-inline void shuffle_pixel(const ShuffleParams& p, const float* const* in, float* const* out) {
-  const int64_t n = p.channels / p.groups;
-  int64_t begin = 0;
-  for (int part = 0; part < p.out_count; ++part) {
-    const int64_t end = begin + p.out[part].channels;
-    if (p.in_count == 1) {
-      interleave_streams<true>(in[0], n, p.groups, begin, end, out[part]);
-    } else if (p.groups == 2 && p.in[0].channels == n) {
-      interleave_exact<2>(in, begin, end, out[part]);
-    } else {
-      float* to = out[part];
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t c = i % p.groups * n + i / p.groups;
-        *to++ = c < p.in[0].channels ? in[0][c] : in[1][c - p.in[0].channels];
-      }
-    }
-    begin = end;
-  }
-}
-
-inline void shuffle_run(const void* params, int64_t begin, int64_t end, char*) noexcept {
-  const ShuffleParams& p = *static_cast<const ShuffleParams*>(params);
-  const int64_t n = p.channels / p.groups;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t image = item / p.blocks, first = item % p.blocks * p.block;
-    if (p.planar) {  // an item is some planes of the outputs
-      for (int64_t i = first; i < smaller(first + p.block, p.channels); ++i) {
-        const int64_t c = i % p.groups * n + i / p.groups;
-        const bool second_in = c >= p.in[0].channels, second_out = i >= p.out[0].channels;
-        const ShuffleParams::Part &from = p.in[second_in], &to = p.out[second_out];
-        __builtin_memcpy(to.data + image * to.image_stride + (i - second_out * p.out[0].channels) * to.pixel_stride,
-                         from.data + image * from.image_stride + (c - second_in * p.in[0].channels) * from.pixel_stride,
-                         p.pixels * sizeof(float));
-      }
-      continue;
-    }
-    for (int64_t pixel = first; pixel < smaller(first + p.block, p.pixels); ++pixel) {
-      const float* in[2];
-      float* out[2];
-      for (int i = 0; i < 2; ++i) {
-        in[i] = p.in[i].data + image * p.in[i].image_stride + pixel * p.in[i].pixel_stride;
-        out[i] = p.out[i].data + image * p.out[i].image_stride + pixel * p.out[i].pixel_stride;
-      }
-      shuffle_pixel(p, in, out);
-    }
-  }
-}
-
-inline void shuffle_prepare(void* params, int threads, Work* work) {
-  ShuffleParams& p = *static_cast<ShuffleParams*>(params);
-  const int64_t units = p.planar ? p.channels : p.pixels;  // an image is cut into
-  const int64_t parts = threads > 1 ? divide_up(4 * (int64_t)threads, p.images) : 1;
-  p.block = larger(1, divide_up(units, smaller(parts, larger(units, 1))));
-  p.blocks = divide_up(units, p.block);
-  work->count = 1;
-  work->phases[0] = {shuffle_run, &p, p.images * p.blocks};
-  work->worker_bytes = 0;
-  work->shared_bytes = 0;
-  work->shared = nullptr;
 }
 
 }  // namespace FASTBLOCKS_LEVEL

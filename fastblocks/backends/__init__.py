@@ -69,7 +69,9 @@ _numba_reason: str | None = None
 
 make_site: Callable[[Any], Any] | None = None if _native is None else _native.make_site
 make_chain: Callable[[Any], Any] | None = None if _native is None else _native.make_chain
-"""Make a call site, or a chain of sites (``functional/site.py``); None without the extension."""
+make_recall: Callable[[Any], Any] | None = None if _native is None else _native.make_recall
+"""Make a call site, a chain of sites (``functional/site.py``), or a memory of calls (``functional/recall.py``); None
+without the extension."""
 spin: Callable[[int], tuple[float, str]] | None = None if _native is None else _native.spin
 """Multiply-adds and nothing else, to measure the machine's peak; None without the extension."""
 

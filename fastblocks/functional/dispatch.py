@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from fastblocks.backends import counts, reference, state
 from fastblocks.functional.autograd import differentiable, trains_by_torch
 from fastblocks.functional.plain import fallback_reason, nothing_watches, readable
+from fastblocks.functional.recall import remember
 from fastblocks.functional.registration import OPS
 
 _grad = torch.is_grad_enabled
@@ -19,16 +20,21 @@ _grad = torch.is_grad_enabled
 
 @overload
 def run(  # type: ignore[overload-overlap]  # a name that mypy does not know is one of the others
-    name: Literal["channel_shuffle_split", "cat_shuffle_split"], args: tuple[Any, ...], tensors: Iterable[Any]
+    name: Literal["channel_shuffle_split", "cat_shuffle_split"],
+    args: tuple[Any, ...],
+    tensors: Iterable[Any],
+    given: tuple[Any, ...] = (),
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
-def run(name: str, args: tuple[Any, ...], tensors: Iterable[Any]) -> Tensor: ...
+def run(name: str, args: tuple[Any, ...], tensors: Iterable[Any], given: tuple[Any, ...] = ()) -> Tensor: ...
 
 
-def run(name: str, args: tuple[Any, ...], tensors: Iterable[Any]) -> Any:
+def run(name: str, args: tuple[Any, ...], tensors: Iterable[Any], given: tuple[Any, ...] = ()) -> Any:
     """Run an op on checked arguments; `tensors` are all tensors among them (or None).
+
+    `given` are the arguments as a user's function had them, if calls like this one shall be remembered.
 
     The dispatcher costs more than a small kernel, so it is left out where it would do nothing.
     """
@@ -53,4 +59,6 @@ def run(name: str, args: tuple[Any, ...], tensors: Iterable[Any]) -> Any:
         counts.called(name, "native")
     if records:
         return differentiable(name, args)
+    if given:
+        remember(name, given, args)
     return table[name](*args)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastblocks.functional import checks
 from fastblocks.functional.dispatch import run
+from fastblocks.functional.recall import recall
 from fastblocks.functional.record import ConvBN
 
 Pair = int | Sequence[int]
@@ -53,6 +54,9 @@ def conv_bn_act(
         >>> tuple(y.shape), y.max().item()
         ((1, 8, 2, 2), 6.0)
     """
+    given = (input, conv, stride, padding, dilation, activation)
+    if (known := recall("conv_bn_act", *given)) is not None:
+        return known
     conv = checks.record("conv", conv)
     tensors = conv[:6]
     args = (
@@ -65,7 +69,7 @@ def conv_bn_act(
         activation,
     )
     checks.conv_bn_act(*args)
-    return run("conv_bn_act", args, (input, *tensors))
+    return run("conv_bn_act", args, (input, *tensors), given)
 
 
 def pointwise_conv_bn_act(
@@ -91,11 +95,14 @@ def pointwise_conv_bn_act(
         >>> pointwise_conv_bn_act(x, ConvBN(torch.ones(3, 3, 1, 1)), residual=x).unique().item()
         4.0
     """
+    given = (input, conv, activation, residual)
+    if (known := recall("pointwise_conv_bn_act", *given)) is not None:
+        return known
     conv = checks.record("conv", conv)
     tensors = conv[:6]
     args = (input, tensors, checks.eps_value("conv", conv.eps), activation, residual)
     checks.pointwise_conv_bn_act(*args)
-    return run("pointwise_conv_bn_act", args, (input, *tensors, residual))
+    return run("pointwise_conv_bn_act", args, (input, *tensors, residual), given)
 
 
 def depthwise_conv_bn_act(
@@ -131,6 +138,9 @@ def depthwise_conv_bn_act(
         >>> y[0, 0].tolist()
         [[4.0, 6.0, 4.0], [6.0, 9.0, 6.0], [4.0, 6.0, 4.0]]
     """
+    given = (input, conv, stride, padding, dilation, activation)
+    if (known := recall("depthwise_conv_bn_act", *given)) is not None:
+        return known
     conv = checks.record("conv", conv)
     tensors = conv[:6]
     args = (
@@ -143,7 +153,7 @@ def depthwise_conv_bn_act(
         activation,
     )
     checks.depthwise_conv_bn_act(*args)
-    return run("depthwise_conv_bn_act", args, (input, *tensors))
+    return run("depthwise_conv_bn_act", args, (input, *tensors), given)
 
 
 def inverted_residual(
@@ -184,6 +194,9 @@ def inverted_residual(
         >>> tuple(inverted_residual(x, None, ConvBN(torch.ones(4, 1, 3, 3)), ConvBN(torch.ones(8, 4, 1, 1))).shape)
         (1, 8, 5, 5)
     """
+    given = (input, expand, depthwise, project, stride, padding, activation, residual)
+    if (known := recall("inverted_residual", *given)) is not None:
+        return known
     wide: tuple[Any, ...] = ()
     eps = 1e-5
     if expand is not None:
@@ -205,7 +218,7 @@ def inverted_residual(
         bool(residual),
     )
     checks.inverted_residual(*args)
-    return run("inverted_residual", args, (input, *wide, *depthwise[:6], *project[:6]))
+    return run("inverted_residual", args, (input, *wide, *depthwise[:6], *project[:6]), given)
 
 
 def depthwise_separable(
@@ -242,6 +255,9 @@ def depthwise_separable(
         >>> tuple(y.shape), y.max().item()
         ((1, 8, 3, 3), 6.0)
     """
+    given = (input, depthwise, pointwise, stride, padding, activation)
+    if (known := recall("depthwise_separable", *given)) is not None:
+        return known
     depthwise = checks.record("depthwise", depthwise)
     pointwise = checks.record("pointwise", pointwise)
     args = (
@@ -254,15 +270,18 @@ def depthwise_separable(
         activation,
     )
     checks.depthwise_separable(*args)
-    return run("depthwise_separable", args, (input, *depthwise[:6], *pointwise[:6]))
+    return run("depthwise_separable", args, (input, *depthwise[:6], *pointwise[:6]), given)
 
 
 def _pool2d(name: str, input: Tensor, kernel_size: Pair, stride: Pair | None, padding: Pair) -> Tensor:
+    given = (input, kernel_size, stride, padding)
+    if (known := recall(name, *given)) is not None:
+        return known
     kernel = checks.pair("kernel_size", kernel_size)
     step = kernel if stride is None else checks.pair("stride", stride)
     args = (input, kernel, step, checks.pair("padding", padding))
     checks.pool2d(*args)
-    return run(name, args, (input,))
+    return run(name, args, (input,), given)
 
 
 def max_pool2d(input: Tensor, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0) -> Tensor:
@@ -330,8 +349,11 @@ def global_avg_pool(input: Tensor) -> Tensor:
         >>> global_avg_pool(torch.arange(4.0).view(1, 1, 2, 2)).item()
         1.5
     """
+    given = (input,)
+    if (known := recall("global_avg_pool", *given)) is not None:
+        return known
     checks.global_avg_pool(input)
-    return run("global_avg_pool", (input,), (input,))
+    return run("global_avg_pool", (input,), (input,), given)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -353,5 +375,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> linear(torch.ones(1, 3), torch.ones(2, 3), torch.zeros(2)).tolist()
         [[3.0, 3.0]]
     """
+    given = (input, weight, bias)
+    if (known := recall("linear", *given)) is not None:
+        return known
     checks.linear(input, weight, bias)
-    return run("linear", (input, weight, bias), (input, weight, bias))
+    return run("linear", (input, weight, bias), (input, weight, bias), given)

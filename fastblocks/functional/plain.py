@@ -20,6 +20,10 @@ tracing_state = torch._C._get_tracing_state
 _KINDS = (Tensor, torch.nn.Parameter)
 
 
+NO_FORWARD_DERIVATIVES: tuple[dict[str, Any], str, int] = (vars(forward_ad), "_current_level", -1)
+"""Where torch says whether torch.autograd.forward_ad is at work: a dictionary, a key, and the value while it is not."""
+
+
 def forward_derivatives() -> bool:
     """Whether torch.autograd.forward_ad is at work."""
     return forward_ad._current_level >= 0

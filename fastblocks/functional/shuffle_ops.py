@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastblocks.functional import checks, shuffle_checks
 from fastblocks.functional.dispatch import run
+from fastblocks.functional.recall import recall
 from fastblocks.functional.record import ConvBN
 
 
@@ -46,6 +47,9 @@ def grouped_pointwise_conv_bn_act(
         >>> grouped_pointwise_conv_bn_act(x, conv, groups=2, shuffle=2).flatten().tolist()
         [1.0, 3.0, 2.0, 4.0]
     """
+    given = (input, conv, groups, shuffle, activation, residual)
+    if (known := recall("grouped_pointwise_conv_bn_act", *given)) is not None:
+        return known
     conv = checks.record("conv", conv)
     tensors = conv[:6]
     args = (
@@ -58,7 +62,7 @@ def grouped_pointwise_conv_bn_act(
         residual,
     )
     shuffle_checks.grouped_pointwise_conv_bn_act(*args)
-    return run("grouped_pointwise_conv_bn_act", args, (input, *tensors, residual))
+    return run("grouped_pointwise_conv_bn_act", args, (input, *tensors, residual), given)
 
 
 def shuffle_unit(
@@ -104,6 +108,9 @@ def shuffle_unit(
         >>> tuple(shuffle_unit(x, compress, depthwise, ConvBN(torch.ones(36, 4, 1, 1)), stride=2).shape)
         (1, 60, 3, 3)
     """
+    given = (input, compress, depthwise, expand, stride, groups, activation)
+    if (known := recall("shuffle_unit", *given)) is not None:
+        return known
     compress = checks.record("compress", compress)
     depthwise = checks.record("depthwise", depthwise)
     expand = checks.record("expand", expand)
@@ -122,7 +129,7 @@ def shuffle_unit(
         activation,
     )
     shuffle_checks.shuffle_unit(*args)
-    return run("shuffle_unit", args, (input, *compress[:6], *depthwise[:6], *expand[:6]))
+    return run("shuffle_unit", args, (input, *compress[:6], *depthwise[:6], *expand[:6]), given)
 
 
 def shuffle_unit_v2(
@@ -167,7 +174,10 @@ def shuffle_unit_v2(
         >>> shuffle_unit_v2(x, one, three, one)[0, :, 2, 2].tolist()
         [1.0, 36.0, 1.0, 36.0]
     """
-    given: dict[str, ConvBN | None] = {
+    given = (input, pointwise1, depthwise, pointwise2, left_depthwise, left_pointwise, stride, activation)
+    if (known := recall("shuffle_unit_v2", *given)) is not None:
+        return known
+    found: dict[str, ConvBN | None] = {
         "left_depthwise": left_depthwise,
         "left_pointwise": left_pointwise,
         "pointwise1": pointwise1,
@@ -176,7 +186,7 @@ def shuffle_unit_v2(
     }
     records: list[tuple[Any, ...]] = []
     eps: list[float] = []
-    for name, conv in given.items():
+    for name, conv in found.items():
         if conv is None and name.startswith("left"):
             records.append(())
             eps.append(1e-5)
@@ -186,7 +196,7 @@ def shuffle_unit_v2(
             eps.append(checks.eps_value(name, conv.eps))
     args: tuple[Any, ...] = (input, *records, tuple(eps), checks.integer("stride", stride), activation)
     shuffle_checks.shuffle_unit_v2(*args)
-    return run("shuffle_unit_v2", args, (input, *(tensor for record in records for tensor in record)))
+    return run("shuffle_unit_v2", args, (input, *(tensor for record in records for tensor in record)), given)
 
 
 def channel_shuffle(input: Tensor, groups: int) -> Tensor:
@@ -210,9 +220,12 @@ def channel_shuffle(input: Tensor, groups: int) -> Tensor:
         >>> channel_shuffle(torch.arange(6.0).view(1, 6, 1, 1), 2).flatten().tolist()
         [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]
     """
+    given = (input, groups)
+    if (known := recall("channel_shuffle", *given)) is not None:
+        return known
     args = (input, checks.integer("groups", groups))
     shuffle_checks.channel_shuffle(*args)
-    return run("channel_shuffle", args, (input,))
+    return run("channel_shuffle", args, (input,), given)
 
 
 def channel_shuffle_split(input: Tensor, groups: int = 2) -> tuple[Tensor, Tensor]:
@@ -234,9 +247,12 @@ def channel_shuffle_split(input: Tensor, groups: int = 2) -> tuple[Tensor, Tenso
         >>> left.flatten().tolist(), right.flatten().tolist()
         ([0.0, 4.0, 1.0, 5.0], [2.0, 6.0, 3.0, 7.0])
     """
+    given = (input, groups)
+    if (known := recall("channel_shuffle_split", *given)) is not None:
+        return known
     args = (input, checks.integer("groups", groups))
     shuffle_checks.channel_shuffle_split(*args)
-    return run("channel_shuffle_split", args, (input,))
+    return run("channel_shuffle_split", args, (input,), given)
 
 
 def cat_shuffle_split(a: Tensor, b: Tensor, groups: int = 2) -> tuple[Tensor, Tensor]:
@@ -263,6 +279,9 @@ def cat_shuffle_split(a: Tensor, b: Tensor, groups: int = 2) -> tuple[Tensor, Te
         >>> left.flatten().tolist(), right.flatten().tolist()
         ([0.0, 4.0, 1.0, 5.0], [2.0, 6.0, 3.0, 7.0])
     """
+    given = (a, b, groups)
+    if (known := recall("cat_shuffle_split", *given)) is not None:
+        return known
     args = (a, b, checks.integer("groups", groups))
     shuffle_checks.cat_shuffle_split(*args)
-    return run("cat_shuffle_split", args, (a, b))
+    return run("cat_shuffle_split", args, (a, b), given)

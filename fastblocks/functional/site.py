@@ -8,7 +8,6 @@ not hold, the site returns None and everything is checked again. Without the ext
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,15 @@ from torch import Tensor
 from fastblocks.backends import make_chain, make_site, state
 from fastblocks.functional import checks, dispatch, python_site
 from fastblocks.functional.autograd import differentiable
-from fastblocks.functional.plain import dispatch_modes, function_modes, nothing_watches, profiling, readable
+from fastblocks.functional.guards import remember_tensors
+from fastblocks.functional.plain import (
+    NO_FORWARD_DERIVATIVES,
+    dispatch_modes,
+    function_modes,
+    nothing_watches,
+    profiling,
+    readable,
+)
 
 Site = Callable[[Any], Tensor | None]
 """The op on an input, or None where something is not as it was when the site was made."""
@@ -38,55 +45,6 @@ class Modules(NamedTuple):
     """The dictionaries in which hooks would appear: of forward, and of backward."""
     settings: Sequence[tuple[dict[str, Any], str, Any]] = ()
     """Dictionary, key and the value that must stand there."""
-
-
-def _guards() -> Any:
-    """Dynamo's tensor guards, which compare tensors in C++. They are private to torch: try before use."""
-    try:
-        from torch._C._dynamo import guards
-
-        make: Any = guards.TensorGuards
-
-        a, b = torch.ones(1, 1, 2, 2), torch.ones(2)
-        guard = make(a, b, dynamic_dims_sizes=[[None] * 4, [2]], dynamic_dims_strides=[[None] * 4, [1]])
-        good = [(a, b), (torch.ones(2, 3, 4, 5), b)]
-        bad = [(a.double(), b), (a, torch.ones(3)), (a, b.double()), (torch.ones(1, 2, 2), b), (a, torch.ones(4)[::2])]
-        if all(guard.check(*pair) for pair in good) and not any(guard.check(*pair) for pair in bad):
-            return make
-    except (ImportError, AttributeError, TypeError, RuntimeError):
-        pass
-    return None
-
-
-_TensorGuards = _guards()
-_seen = operator.attrgetter("__class__", "dtype", "device", "layout", "requires_grad")
-
-
-def _remember(input: Tensor, tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """A function that says whether an input and tensors are like these, sizes and strides of the input aside."""
-    if _TensorGuards is not None:
-        check: Callable[..., bool] = _TensorGuards(
-            input,
-            *tensors,
-            dynamic_dims_sizes=[[None] * input.dim(), *(list(t.shape) for t in tensors)],
-            dynamic_dims_strides=[[None] * input.dim(), *(list(t.stride()) for t in tensors)],
-        ).check
-        return check
-    like = [_seen(t) for t in (input, *tensors)]
-    shapes = [(t.shape, t.stride()) for t in tensors]
-    rank = input.dim()
-
-    def same(input: Any, *tensors: Any) -> bool:
-        return (
-            all(isinstance(t, Tensor) for t in (input, *tensors))
-            and [_seen(t) for t in (input, *tensors)] == like
-            and [(t.shape, t.stride()) for t in tensors] == shapes
-            and input.dim() == rank
-            and not input.is_neg()
-            and nothing_watches()
-        )
-
-    return same
 
 
 def value(constant: Any) -> tuple[str, Any]:
@@ -137,8 +95,8 @@ def make(
         state.table,
         name,
         arguments,
-        _remember(input, tensors),
-        _remember(input, ()),
+        remember_tensors(input, tensors),
+        remember_tensors(input, ()),
         (profiling, function_modes, dispatch_modes),
         torch.is_grad_enabled,
         differentiable if differentiates else None,
@@ -148,7 +106,7 @@ def make(
         modules.tables,
         modules.states,
         *modules.hooks,
-        modules.settings,
+        (*modules.settings, NO_FORWARD_DERIVATIVES),
     )
     site: Site = (make_site or python_site.make_site)(description)
     return site
