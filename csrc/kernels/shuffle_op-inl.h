@@ -6,10 +6,10 @@
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
 
-constexpr int64_t kShuffleAlone = 32 << 10;   // bytes written, up to which a second thread is not worth waking
-constexpr int64_t kShuffleEvenly = 4 << 20;   // up to which each thread takes one part, and finds it in its cache the next time
-constexpr int64_t kShufflePast = 16 << 20;    // beyond which outputs go past the caches
-constexpr int64_t kShuffleBuffer = 16 << 10;  // of an output, on its way past the caches
+constexpr int64_t kShuffleAlone = 32 << 10;  // bytes written, up to which a second thread is not worth waking
+constexpr int64_t kShuffleEvenly = 4 << 20;  // up to which each thread takes one part, and finds it in its cache the next time
+constexpr int64_t kShufflePast = 16 << 20;   // beyond which outputs go past the caches
+constexpr int64_t kShuffleBuffer = 4 << 10;  // of an output, on its way past the caches
 
 // Some pixels of NHWC data.
 struct ShufflePixels {
@@ -79,13 +79,16 @@ inline void shuffle_pixels_of(const ShuffleParams& p, const ShufflePixels& x) {
   shuffle_pixels_one_by_one(p, x);
 }
 
-// Past the caches, but for what is no whole vector at both ends.
-inline void stream_values(float* to, const float* from, int64_t count) {
+// Past the caches, but for what is no whole vector at both ends. Meanwhile as much is fetched from `next`.
+inline void stream_values(float* to, const float* from, int64_t count, const float* next) {
   const int64_t ahead =
       (int64_t)(((uintptr_t)FASTBLOCKS_VECTOR_BYTES - (uintptr_t)to % FASTBLOCKS_VECTOR_BYTES) / sizeof(float));
   int64_t i = smaller(count, ahead % kLanes);
   __builtin_memcpy(to, from, i * sizeof(float));
-  for (; i + kLanes <= count; i += kLanes) stream(to + i, load(from + i));
+  for (; i + kLanes <= count; i += kLanes) {
+    stream(to + i, load(from + i));
+    __builtin_prefetch(next + i);
+  }
   __builtin_memcpy(to + i, from + i, (count - i) * sizeof(float));
 }
 
@@ -107,11 +110,12 @@ inline void shuffle_rows(const ShuffleParams& p, int64_t image, int64_t first, i
     x.count = smaller(step, last - pixel);
     x.out[0] = buffer, x.out[1] = buffer + step * p.out[0].channels;
     shuffle_pixels_of(p, x);
-    for (int i = 0; i < p.out_count; ++i) {
-      stream_values(out[i], x.out[i], x.count * p.out[i].channels);
-      out[i] += x.count * p.out[i].channels;
-    }
     for (int i = 0; i < 2; ++i) x.in[i] += x.count * p.in[i].pixel_stride;
+    for (int i = 0; i < p.out_count; ++i) {
+      const int64_t values = x.count * p.out[i].channels;
+      stream_values(out[i], x.out[i], values, p.in_count == 2 ? x.in[i] : x.in[0] + i * values);
+      out[i] += values;
+    }
   }
 }
 
@@ -125,7 +129,7 @@ inline void shuffle_planes(const ShuffleParams& p, int64_t image, int64_t first,
     float* const y = to.data + image * to.image_stride + (i - second_out * p.out[0].channels) * to.pixel_stride;
     const float* const x = from.data + image * from.image_stride + (c - second_in * p.in[0].channels) * from.pixel_stride;
     if (p.past)
-      stream_values(y, x, p.pixels);
+      stream_values(y, x, p.pixels, x + p.pixels);
     else
       __builtin_memcpy(y, x, p.pixels * sizeof(float));
   }
