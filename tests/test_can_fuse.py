@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import block, children, image
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastblocks
-from fastblocks.functional import site
+from fastblocks.functional import guards, site
 from fastblocks.layers import can_fuse, why_not_fuse
 
 
@@ -317,8 +318,18 @@ def test_onnx_export_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not_fuse(block(), image()) == "an ONNX export is running"
 
 
+def test_forward_derivatives(backend: str) -> None:
+    layer, x = block().requires_grad_(False), image()
+    layer(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        found = forward_ad.unpack_dual(layer(dual)).tangent
+        wanted = forward_ad.unpack_dual(children(layer, dual)).tangent
+    torch.testing.assert_close(found, wanted)
+
+
 def test_functions_without_torchs_guards(backend: str, monkeypatch: pytest.MonkeyPatch, fused: list[str]) -> None:
     """Where torch's private guards are missing, the comparison in Python does the same."""
-    monkeypatch.setattr(site, "_TensorGuards", None)
+    monkeypatch.setattr(guards, "_TensorGuards", None)
     test_changes_that_the_op_follows(backend, fused)
     test_inputs_and_contexts(backend, fused)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fastblocks.backends import make_recall, state
+from fastblocks.backends import counts, make_recall, state
 from fastblocks.functional.guards import remember_tensors
 from fastblocks.functional.plain import NO_FORWARD_DERIVATIVES, dispatch_modes, function_modes, profiling
 from fastblocks.functional.record import ConvBN
@@ -41,7 +41,12 @@ if make_recall is not None:
 
 def recall(name: str, *given: Any) -> Any:
     """Run an op on what a user gave, if a call like this one was remembered; None if not."""
-    return None if _recall is None or is_compiling() else _recall(name, *given)
+    if _recall is None or is_compiling():
+        return None
+    result = _recall(name, *given)
+    if result is not None:
+        counts.called(name, "native")
+    return result
 
 
 def remember(name: str, given: tuple[Any, ...], args: tuple[Any, ...]) -> None:
