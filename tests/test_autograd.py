@@ -134,7 +134,7 @@ def test_gradcheck_of_the_registered_op(name: str) -> None:
     doubles = [t.double().requires_grad_() for t in tensors]
     calls = []
 
-    def through_ops(name: str, args: tuple[Any, ...], tensors: Any) -> Any:
+    def through_ops(name: str, args: tuple[Any, ...], tensors: Any, given: Any = ()) -> Any:
         calls.append(name)
         return getattr(torch.ops.fastblocks, name)(*(list(a) if isinstance(a, tuple) else a for a in args))
 
