@@ -44,9 +44,10 @@ void run_steps(const std::vector<Step>& steps) {
   std::vector<std::pair<float**, int64_t>> shared;
   size_t worker_bytes = 0;
   int64_t floats = 0;
-  for (const auto& [op, params] : steps) {
+  for (const auto& [op, params, after_all] : steps) {
     Work work{};
     op->prepare(params, workers, &work);
+    work.phases[0].after_all = after_all;
     phases.insert(phases.end(), work.phases, work.phases + work.count);
     worker_bytes = std::max(worker_bytes, work.worker_bytes);
     if (work.shared) shared.push_back({work.shared, floats});
@@ -61,7 +62,7 @@ void run_steps(const std::vector<Step>& steps) {
     // Alone, it is not worth a phase.
     const bool one = beginnings.size() < 2;
     if (one && !beginnings.empty()) begin_run(beginnings.data(), 0, 1, nullptr);
-    phases[0] = {begin_run, beginnings.data(), (int64_t)beginnings.size()};
+    phases[0] = {begin_run, beginnings.data(), (int64_t)beginnings.size(), 0, false};
     done = run(phases.data() + one, (int)phases.size() - one, worker_bytes, workers);
   }
   if (!done) throw std::bad_alloc();
@@ -144,11 +145,17 @@ std::unique_ptr<Call> make_call(PyObject* function, PyObject* const* args, Py_ss
 
 bool bind_calls(Bound& b, PyObject* input, const Fits& fits) {
   Value value{view(input), input, {}};
-  // Each output takes the memory of the last but one, which nobody reads any more.
+  // Each output takes the memory of the last but one, which nobody reads any more: not of the images that have come so far, if
+  // theirs are no larger.
   b.floats[0] = b.floats[1] = 0;
+  int64_t there[2] = {0, 0};
   const size_t last = b.calls.size() - 1;
+  b.after_all.assign(b.calls.size(), false);
   const auto keep = [&](size_t i, const TensorView& v) {
-    b.floats[i % 2] = std::max(b.floats[i % 2], v.size[0] * v.size[1] * v.size[2] * v.size[3]);
+    const int64_t floats = v.size[0] * v.size[1] * v.size[2] * v.size[3];
+    b.after_all[i] = there[i % 2] > 0 && floats > there[i % 2];
+    there[i % 2] = floats;
+    b.floats[i % 2] = std::max(b.floats[i % 2], floats);
   };
   // Only the first call can be absorbed: a later one's input lies in memory that the absorbing call writes to.
   b.absorbed = false;
@@ -176,7 +183,11 @@ Ref run_bound(const Bound& b, float* input) {
   const auto between = [&](size_t i) { return i == 0 && b.absorbed ? nullptr : memory[i % 2]; };  // behind call i
   for (size_t i = 0; i <= last; ++i) b.calls[i]->place(i > 0 ? between(i - 1) : input, i < last ? between(i) : out.data());
   std::vector<Step> steps;
-  for (const auto& call : b.calls) call->steps(steps);
+  for (size_t i = 0; i <= last; ++i) {
+    const size_t first_step = steps.size();
+    b.calls[i]->steps(steps);
+    if (b.after_all[i] && steps.size() > first_step) steps[first_step].after_all = true;
+  }
   run_steps(steps);
   for (const auto& call : b.calls) call->finish();
   return out.tensor();

@@ -23,6 +23,7 @@ struct Value {
 struct Step {
   const Op* op;
   void* params;
+  bool after_all = false;  // even where it needs less: what it writes to may still be read
 };
 
 // One call of an op. First it reads its arguments (make_call), then the input's sizes (bind), then it is told where input and
@@ -59,8 +60,9 @@ void run_steps(const std::vector<Step>& steps);
 struct Bound {
   std::vector<std::unique_ptr<Call>> calls;
   TensorView out;
-  int64_t floats[2];  // of the two memories that outputs between them take turns in
-  bool absorbed;      // the first call's output is none
+  int64_t floats[2];            // of the two memories that outputs between them take turns in
+  std::vector<bool> after_all;  // a call, whose output is larger than what was in its memory before
+  bool absorbed;                // the first call's output is none
 };
 
 // Binds calls. Where `fits`, if given, says that an input is not good for its call, the result is false.

@@ -31,6 +31,7 @@ void relax() {
 struct alignas(128) Progress {
   std::atomic<int64_t> next{0};
   alignas(64) std::atomic<int64_t> done{0};
+  std::atomic<int64_t>* done_of = nullptr;  // each image, where the next phase asks for it
 };
 
 struct Run {
@@ -55,6 +56,11 @@ void wait_until_done(const std::atomic<int64_t>& done, int64_t items) {
   }
 }
 
+// Whether items of a phase wait for no more of the phase before than for their image.
+bool by_image(const Phase& before, const Phase& phase) {
+  return !phase.after_all && phase.images > 1 && phase.images == before.images;
+}
+
 // One worker. It never waits for a worker that has not started, only for items that somebody has begun: it cannot deadlock
 // however few callbacks the pool really runs.
 void work(int64_t, int64_t, void* context) noexcept {
@@ -65,13 +71,18 @@ void work(int64_t, int64_t, void* context) noexcept {
   for (int i = 0; i < r.count; ++i) {
     const Phase& phase = r.phases[i];
     Progress& progress = r.progress[i];
+    const std::atomic<int64_t>* const before = i > 0 ? r.progress[i - 1].done_of : nullptr;
+    if (i > 0 && !before) wait_until_done(r.progress[i - 1].done, r.phases[i - 1].items);
+    int64_t ready = 0;  // images that the phase before has completed
     for (;;) {
       const int64_t item = progress.next.fetch_add(1, std::memory_order_relaxed);
       if (item >= phase.items) break;
+      const int64_t image = phase.images > 0 ? item / (phase.items / phase.images) : 0;
+      for (; before && ready <= image; ++ready) wait_until_done(before[ready], r.phases[i - 1].items / phase.images);
       phase.run(phase.params, item, item + 1, scratch);
+      if (progress.done_of) progress.done_of[image].fetch_add(1, std::memory_order_release);
       progress.done.fetch_add(1, std::memory_order_release);
     }
-    if (i + 1 < r.count) wait_until_done(progress.done, phase.items);
   }
 }
 
@@ -102,11 +113,20 @@ bool run(const Phase* phases, int count, size_t worker_bytes, int workers) {
   r.count = count;
   r.workers = workers;
   r.worker_bytes = (worker_bytes + 127) / 64 * 64;
-  const size_t progress_bytes = (count + 1) * sizeof(Progress);
+  int64_t counters = 0;
+  for (int i = 0; i + 1 < count; ++i)
+    if (by_image(phases[i], phases[i + 1])) counters += phases[i].images;
+  const size_t progress_bytes = (count + 1) * sizeof(Progress) + (counters * sizeof(std::atomic<int64_t>) + 63) / 64 * 64;
   char* memory = static_cast<char*>(acquire_slab(progress_bytes + r.worker_bytes * workers));
   if (!memory) return false;
   r.progress = reinterpret_cast<Progress*>(((uintptr_t)memory + alignof(Progress) - 1) / alignof(Progress) * alignof(Progress));
   for (int i = 0; i < count; ++i) new (r.progress + i) Progress;
+  auto* counter = reinterpret_cast<std::atomic<int64_t>*>(r.progress + count);
+  for (int i = 0; i + 1 < count; ++i) {
+    if (!by_image(phases[i], phases[i + 1])) continue;
+    r.progress[i].done_of = counter;
+    for (int64_t image = 0; image < phases[i].images; ++image) new (counter++) std::atomic<int64_t>(0);
+  }
   r.scratch = memory + progress_bytes;
   // A pool that refuses (a status other than 0) has left items over: this thread finishes them.
   if (workers == 1 || pool_for.load()(0, workers, 1, work, &r) != 0) work(0, 1, &r);

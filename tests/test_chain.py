@@ -121,6 +121,39 @@ def test_a_convolution_between_blocks(tier: str, threads: int) -> None:
 
 
 @native
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_images_do_not_wait_for_each_other(tier: str, threads: int) -> None:
+    """Outputs that grow and shrink: none is written while images that came before are read in the same memory."""
+    layers = settled(
+        Sequential(
+            ConvBNAct(3, 8),
+            InvertedResidual(8, 8),
+            ConvBNAct(8, 48),
+            InvertedResidual(48, 8),
+            ConvBNAct(8, 64),
+            fastblocks.DepthwiseSeparableConv(64, 96),
+            fastblocks.ShuffleUnitV2(96, 16, 2),
+            fastblocks.ShuffleUnit(16, 64, groups=4, stride=2),
+            fastblocks.ShuffleUnit(64, 64, 1, groups=4),
+            InvertedResidual(64, 128),
+            PointwiseConvBNAct(128, 8),
+            InvertedResidual(8, 8),
+        )
+    )
+    before = torch.get_num_threads()
+    try:
+        with torch.no_grad():
+            for images in (threads, 4 * threads, 4 * threads + 1):
+                x = torch.randn(images, 3, 20, 24).contiguous(memory_format=torch.channels_last)
+                torch.set_num_threads(threads)  # more than there are cores run at very different times
+                want = one_by_one(layers, x)
+                for _ in range(8):
+                    assert torch.equal(layers(x), want)
+    finally:
+        torch.set_num_threads(before)
+
+
+@native
 def test_inputs_that_do_not_fit_are_refused_as_by_the_layers() -> None:
     layers = network()
     with torch.no_grad():

@@ -334,13 +334,13 @@ inline void block_prepare(void* params, int threads, Work* work) {
     p.slice_parts = slice_parts(p, p.images * layout.count(), threads);
     p.workers = threads;
     work->count = 2;
-    work->phases[0] = {block_slices_run, &p, p.images * (layout.count() * p.slice_parts + p.pool_items)};
-    work->phases[1] = {block_project_run, &p, p.images * p.pixel_blocks * p.panel_blocks};
+    work->phases[0] = {block_slices_run, &p, p.images * (layout.count() * p.slice_parts + p.pool_items), p.images, false};
+    work->phases[1] = {block_project_run, &p, p.images * p.pixel_blocks * p.panel_blocks, p.images, false};
     // interleaving reads whole vectors
     floats += p.images * p.out_height * p.out_width * p.hidden_stride + 16;
   } else {
     work->count = 1;
-    work->phases[0] = {block_bands_run, &p, p.images * p.bands};
+    work->phases[0] = {block_bands_run, &p, p.images * p.bands, p.images, false};
   }
   work->shared_bytes = floats * sizeof(float);
   work->shared = &p.shared;

@@ -36,10 +36,16 @@ struct Image {
 
 // A part of an op: `items` independent pieces of work. run() may be called from any thread, with any range of items; `scratch`
 // is the calling worker's own memory.
+//
+// `images`: 0 where an item may need all that the phase before made. Else the items come image by image, as many each, and an
+// item reads nothing of another image. Between two such phases of as many images nobody waits for the end of the first, unless
+// the second is to come `after_all`.
 struct Phase {
   void (*run)(const void* params, int64_t begin, int64_t end, char* scratch) noexcept;
   const void* params;
   int64_t items;
+  int64_t images;
+  bool after_all;
 };
 
 constexpr int kMaxPhases = 4;

@@ -104,7 +104,7 @@ inline void pointwise_prepare(void* params, int threads, Work* work) {
   }
   p.workers = threads;
   work->count = 1;
-  work->phases[0] = {pointwise_run, &p, p.pixel_blocks * panel_blocks};
+  work->phases[0] = {pointwise_run, &p, p.pixel_blocks * panel_blocks, 0, false};
   work->worker_bytes = p.shuffle == 1 ? 0 : (shuffle_pixels(p.out_channels) * p.out_channels + 16) * sizeof(float);
   work->shared_bytes = product.floats() * sizeof(float);
   work->shared = &p.shared;
