@@ -86,24 +86,25 @@ inline void block_expand(const BlockParams& p, const BlockShared& shared, const 
 inline void block_depthwise(const BlockParams& p, const BlockShared& shared, const BlockScratch& s,
                             DepthwiseRowFunction row_function, int64_t image, int64_t channel, int64_t lanes, const float* ring,
                             int64_t oy_begin, int64_t oy_end, float* hidden) {
-  const int64_t padded = Hidden(p).padded(), rows = ring_rows(p);
-  const int64_t row_pixels = p.width + 2 * p.padding;
-  for (int64_t oy = oy_begin; oy < oy_end; ++oy) {
-    DepthwiseRow r;
+  const int64_t padded = Hidden(p).padded(), rows = ring_rows(p), row_pixels = p.width + 2 * p.padding;
+  const float* const x = ring ? nullptr : p.x.data + image * p.x.image_stride + channel;
+  DepthwiseRow r;
+  r.rows = s.input_rows;
+  r.width = ring ? row_pixels : p.width, r.pixel_stride = ring ? lanes : p.x.pixel_stride;
+  r.out_width = p.out_width, r.out_stride = p.hidden_stride;
+  r.kernel_width = p.kernel, r.stride = p.stride, r.padding = ring ? 0 : p.padding, r.dilation = 1;
+  r.weight = shared.depthwise + padded + channel, r.weight_stride = padded;
+  r.shift = shared.depthwise + channel, r.clamp = p.depthwise_clamp;
+  r.out = hidden + channel;
+  r.channels = lanes, r.pad_channels = ring != nullptr;
+  for (int64_t oy = oy_begin; oy < oy_end; ++oy, r.out += p.out_width * p.hidden_stride) {
     kernel_row_range(oy, p.stride, p.padding, 1, p.kernel, p.height, &r.row_begin, &r.row_end);
+    const int64_t first = oy * p.stride - p.padding;
+    int64_t ring_row = ring ? (first + r.row_begin) % rows : 0;
     for (int64_t ky = r.row_begin; ky < r.row_end; ++ky) {
-      const int64_t iy = oy * p.stride - p.padding + ky;
-      s.input_rows[ky] =
-          ring ? ring + iy % rows * row_pixels * lanes : p.x.data + image * p.x.image_stride + iy * p.x.row_stride + channel;
+      s.input_rows[ky] = ring ? ring + ring_row * row_pixels * lanes : x + (first + ky) * p.x.row_stride;
+      if (++ring_row == rows) ring_row = 0;
     }
-    r.rows = s.input_rows;
-    r.width = ring ? row_pixels : p.width, r.pixel_stride = ring ? lanes : p.x.pixel_stride;
-    r.out_width = p.out_width, r.out_stride = p.hidden_stride;
-    r.kernel_width = p.kernel, r.stride = p.stride, r.padding = ring ? 0 : p.padding, r.dilation = 1;
-    r.weight = shared.depthwise + padded + channel, r.weight_stride = padded;
-    r.shift = shared.depthwise + channel, r.clamp = p.depthwise_clamp;
-    r.out = hidden + (oy - oy_begin) * p.out_width * p.hidden_stride + channel;
-    r.channels = lanes, r.pad_channels = ring != nullptr;
     row_function(r);
   }
 }
