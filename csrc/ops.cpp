@@ -145,15 +145,16 @@ std::unique_ptr<Call> make_call(PyObject* function, PyObject* const* args, Py_ss
 
 bool bind_calls(Bound& b, PyObject* input, const Fits& fits) {
   Value value{view(input), input, {}};
-  // Each output takes the memory of the last but one, which nobody reads any more: not of the images that have come so far, if
-  // theirs are no larger.
+  // Each output takes the memory of the last but one. An item of an image runs when that image and those before it are done
+  // with all calls before; what it writes there cannot reach a later image that is still read, if this output is no larger than
+  // the one that was there.
   b.floats[0] = b.floats[1] = 0;
-  int64_t there[2] = {0, 0};
+  int64_t there[2] = {-1, -1};
   const size_t last = b.calls.size() - 1;
   b.after_all.assign(b.calls.size(), false);
   const auto keep = [&](size_t i, const TensorView& v) {
     const int64_t floats = v.size[0] * v.size[1] * v.size[2] * v.size[3];
-    b.after_all[i] = there[i % 2] > 0 && floats > there[i % 2];
+    b.after_all[i] = there[i % 2] >= 0 && floats > there[i % 2];
     there[i % 2] = floats;
     b.floats[i % 2] = std::max(b.floats[i % 2], floats);
   };

@@ -57,7 +57,7 @@ struct Look {
   bool is(const Remembered& r) const { return r.words.size() == count && std::equal(words, words + count, r.words.begin()); }
 };
 
-enum Kind : int64_t { kNone, kFalse, kTrue, kInt, kFloat, kText, kTuple, kConv, kTensor };
+enum Kind : int64_t { kNone, kFalse, kTrue, kInt, kFloat, kText, kTuple, kList, kConv, kTensor };
 
 int type_index(const Recall& r, PyObject* object) {
   for (size_t i = 0; i < r.tensor_types.size(); ++i)
@@ -69,15 +69,11 @@ int type_index(const Recall& r, PyObject* object) {
 bool add_tensor(PyObject* tensor, int type, Look& look) {
   if (look.tensor_count == kMostTensors) return false;
   look.tensors[look.tensor_count++] = tensor;
-  try {
-    const TensorView v = view(tensor);
-    bool room = look.add(kTensor | type << 8 | v.dims << 16);
-    for (int i = 0; i < v.dims; ++i) room = room && look.add(v.size[i]) && look.add(v.stride[i]);
-    return room;
-  } catch (const PythonError&) {  // not for these kernels
-    PyErr_Clear();
-    return false;
-  }
+  TensorView v;
+  if (!try_view(tensor, &v)) return false;
+  bool room = look.add(kTensor | type << 8 | v.dims << 16);
+  for (int i = 0; i < v.dims; ++i) room = room && look.add(v.size[i]) && look.add(v.stride[i]);
+  return room;
 }
 
 bool add_text(PyObject* text, Look& look) {
@@ -106,12 +102,12 @@ bool add(const Recall& r, PyObject* value, Look& look) {
   }
   if (PyUnicode_CheckExact(value)) return add_text(value, look);
   const bool record = (PyObject*)Py_TYPE(value) == r.record_type.get();
-  if (record || PyTuple_CheckExact(value)) {
-    const Py_ssize_t count = PyTuple_GET_SIZE(value);
-    bool room = look.add((record ? kConv : kTuple) | (int64_t)count << 8);
+  if (record || PyTuple_CheckExact(value) || PyList_CheckExact(value)) {
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(value);
+    bool room = look.add((record ? kConv : PyList_CheckExact(value) ? kList : kTuple) | (int64_t)count << 8);
     for (Py_ssize_t i = 0; room && i < count; ++i) {
-      PyObject* item = PyTuple_GET_ITEM(value, i);
-      room = (record || !PyTuple_Check(item)) && add(r, item, look);
+      PyObject* item = PySequence_Fast_GET_ITEM(value, i);
+      room = (record || PyLong_CheckExact(item)) && add(r, item, look);  // else a pair of numbers
     }
     return room;
   }
@@ -140,7 +136,7 @@ PyObject* value_of(const Origin& origin, const Look& look) {
 PyObject* recall(const Recall& r, PyObject* const* args, Py_ssize_t count) {
   require(count >= 1, "fastblocks._C: a name is expected");
   Look look;
-  if (!views_tell_type() || !look_at(r, args[0], args + 1, count - 1, look)) return none();
+  if (!look_at(r, args[0], args + 1, count - 1, look)) return none();
   const auto found = r.calls.find(look.hash());
   if (found == r.calls.end() || !look.is(*found->second)) return none();
   const std::shared_ptr<const Remembered> call = found->second;  // held: another thread may forget it
@@ -168,13 +164,14 @@ int index_of(PyObject* tensor, const Look& look) {
   return -1;
 }
 
-// False where an argument is a tensor that was not given.
-bool find_origin(PyObject* argument, const Recall& r, const Look& look, Origin& origin) {
+// False where an argument is a tensor that was not given. Marks those that were.
+bool find_origin(PyObject* argument, const Recall& r, const Look& look, Origin& origin, bool* used) {
   const auto is_tensor = [&](PyObject* object) { return type_index(r, object) >= 0; };
   origin.kind = Origin::kValue;
   if (is_tensor(argument)) {
     origin.kind = Origin::kTensor;
     origin.tensors[0] = index_of(argument, look);
+    if (origin.tensors[0] >= 0) used[origin.tensors[0]] = true;
     return origin.tensors[0] >= 0;
   }
   if (PyTuple_CheckExact(argument) && PyTuple_GET_SIZE(argument) == kRecord && is_tensor(PyTuple_GET_ITEM(argument, 0))) {
@@ -182,7 +179,10 @@ bool find_origin(PyObject* argument, const Recall& r, const Look& look, Origin& 
     for (Py_ssize_t i = 0; i < kRecord; ++i) {
       PyObject* item = PyTuple_GET_ITEM(argument, i);
       origin.tensors[i] = index_of(item, look);
-      if (origin.tensors[i] < 0 && item != Py_None) return false;
+      if (origin.tensors[i] >= 0)
+        used[origin.tensors[i]] = true;
+      else if (item != Py_None)
+        return false;
     }
     return true;
   }
@@ -192,7 +192,7 @@ bool find_origin(PyObject* argument, const Recall& r, const Look& look, Origin& 
 
 PyObject* remember(Recall& r, PyObject* const* args, Py_ssize_t count) {
   require(count == 4 && PyTuple_CheckExact(args[1]) && PyTuple_CheckExact(args[2]),
-          "fastblocks._C: a name, two tuples and a guard are expected");
+          "fastblocks._C: a name, two tuples and a function are expected");
   Look look;
   if (!look_at(r, args[0], &PyTuple_GET_ITEM(args[1], 0), PyTuple_GET_SIZE(args[1]), look)) return none();
   // The origin of a tensor that was given twice cannot be told.
@@ -202,10 +202,14 @@ PyObject* remember(Recall& r, PyObject* const* args, Py_ssize_t count) {
   call->words.assign(look.words, look.words + look.count);
   PyObject* function = PyDict_GetItemWithError(r.table.get(), args[0]);
   if (!function) return PyErr_Occurred() ? throw PythonError() : none();
-  call->name = Ref::borrow(args[0]), call->function = Ref::borrow(function), call->guard = Ref::borrow(args[3]);
+  call->name = Ref::borrow(args[0]), call->function = Ref::borrow(function);
   call->origins.resize((size_t)PyTuple_GET_SIZE(args[2]));
+  bool used[kMostTensors] = {};
   for (size_t i = 0; i < call->origins.size(); ++i)
-    if (!find_origin(PyTuple_GET_ITEM(args[2], (Py_ssize_t)i), r, look, call->origins[i])) return none();
+    if (!find_origin(PyTuple_GET_ITEM(args[2], (Py_ssize_t)i), r, look, call->origins[i], used)) return none();
+  // A tensor that became something else, such as a truth value, was asked for what it holds.
+  if (!std::all_of(used, used + look.tensor_count, [](bool u) { return u; })) return none();
+  call->guard = Ref::checked(PyObject_Vectorcall(args[3], look.tensors, look.tensor_count, nullptr));
   if (r.calls.size() >= kMostCalls) r.calls.clear();
   r.calls[look.hash()] = std::move(call);
   return none();

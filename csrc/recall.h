@@ -10,8 +10,9 @@
 namespace fastblocks {
 
 // Two functions, as a tuple. `recall(name, *given)`: the op's result, or None for a call unlike those remembered.
-// `remember(name, given, args, guard)`: after a call that passed all checks, what the user gave, what the op was given, and
-// torch's guard of the tensors in it. `description` is functional/recall.py's tuple.
+// `remember(name, given, args, make_guard)`: after a call that passed all checks, what the user gave, what the op was given,
+// and a function of the tensors that were given, which makes torch's guard of them. `description` is functional/recall.py's
+// tuple.
 PyObject* make_recall(PyObject* description) noexcept;
 
 }  // namespace fastblocks

@@ -40,6 +40,18 @@ TensorView view_by_methods(PyObject* tensor) {
   return v;
 }
 
+bool is_float_on_cpu(const DLTensor& t) {
+  return t.device.device_type == kDLCPU && t.dtype.code == kDLFloat && t.dtype.bits == 32 && t.dtype.lanes == 1;
+}
+
+TensorView view_of(const DLTensor& t) {
+  TensorView v;
+  v.data = reinterpret_cast<float*>(static_cast<char*>(t.data) + t.byte_offset);
+  v.dims = t.ndim;
+  for (int i = 0; i < t.ndim; ++i) v.size[i] = t.shape[i], v.stride[i] = t.strides[i];
+  return v;
+}
+
 // The distance of neighbouring pixels where all pixels of all images are evenly spaced, channels dense; else 0. Strides of
 // dimensions of one element say nothing.
 int64_t even_stride(const TensorView& v) {
@@ -100,13 +112,20 @@ TensorView view(PyObject* tensor) {
   DLTensor t;
   if (exchange->view_of_object(tensor, &t) != 0) throw PythonError();
   require(t.ndim <= 4, "fastblocks._C: more than four dimensions");
-  require(t.device.device_type == kDLCPU && t.dtype.code == kDLFloat && t.dtype.bits == 32 && t.dtype.lanes == 1,
-          "fastblocks._C: not a float32 tensor on the CPU");
-  TensorView v;
-  v.data = reinterpret_cast<float*>(static_cast<char*>(t.data) + t.byte_offset);
-  v.dims = t.ndim;
-  for (int i = 0; i < t.ndim; ++i) v.size[i] = t.shape[i], v.stride[i] = t.strides[i];
-  return v;
+  require(is_float_on_cpu(t), "fastblocks._C: not a float32 tensor on the CPU");
+  return view_of(t);
+}
+
+bool try_view(PyObject* tensor, TensorView* v) noexcept {
+  DLTensor t;
+  if (!exchange) return false;
+  if (exchange->view_of_object(tensor, &t) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (t.ndim > 4 || !is_float_on_cpu(t)) return false;
+  *v = view_of(t);
+  return true;
 }
 
 bool alike(const TensorView& a, const TensorView& b) {

@@ -86,6 +86,9 @@ bool alike(const TensorView& a, const TensorView& b);
 
 // Any tensor of up to four dimensions.
 TensorView view(PyObject* tensor);
+// The same without an error: false for a tensor that is not for the kernels, and for all tensors where views do not tell the
+// type.
+bool try_view(PyObject* tensor, TensorView* v) noexcept;
 // Whether view() makes sure that a tensor is a float32 tensor on the CPU (without the exchange API it does not).
 bool views_tell_type();
 // The values of a tensor with one dimension of this length, or null for None.

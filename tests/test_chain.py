@@ -143,7 +143,7 @@ def test_images_do_not_wait_for_each_other(tier: str, threads: int) -> None:
     before = torch.get_num_threads()
     try:
         with torch.no_grad():
-            for images in (threads, 4 * threads, 4 * threads + 1):
+            for images in (threads, threads + 1, 4 * threads, 4 * threads + 1):
                 x = torch.randn(images, 3, 20, 24).contiguous(memory_format=torch.channels_last)
                 torch.set_num_threads(threads)  # more than there are cores run at very different times
                 want = one_by_one(layers, x)

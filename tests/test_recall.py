@@ -156,6 +156,33 @@ def test_one_tensor_in_two_places() -> None:
         torch.testing.assert_close(grouped(x, conv, residual=residual), expected(x, conv, residual=residual))
 
 
+def test_a_tensor_for_a_truth_value() -> None:
+    x, depthwise, project = torch.randn(1, 8, 5, 5), record(8, 1, 3), record(8, 8)
+    for residual in (torch.tensor(1.0), torch.tensor(0.0), torch.tensor(1.0)):
+        y = F.inverted_residual(x, None, depthwise, project, residual=residual)  # type: ignore[arg-type]
+        with fastblocks.use_backend("reference"):
+            wanted = F.inverted_residual(x, None, depthwise, project, residual=bool(residual))
+        torch.testing.assert_close(y, wanted)
+    narrow = record(4, 8)
+    F.inverted_residual(x, None, depthwise, narrow, residual=torch.tensor(0.0))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^residual"):
+        F.inverted_residual(x, None, depthwise, narrow, residual=torch.tensor(1.0))  # type: ignore[arg-type]
+    for _ in range(2):
+        F.inverted_residual(x, None, depthwise, project, residual=(x,))  # type: ignore[arg-type]
+
+
+def test_lists_of_numbers() -> None:
+    x = torch.randn(1, 2, 9, 9)
+    for _ in range(2):
+        for kernel in ([2, 3], [3, 2], (2, 3), [2, 2]):
+            with fastblocks.use_backend("reference"):
+                wanted = F.max_pool2d(x, kernel)
+            assert torch.equal(F.max_pool2d(x, kernel), wanted)
+    assert calls(lambda: F.max_pool2d(x, [2, 3])) == 0
+    with pytest.raises(ValueError, match="kernel_size"):
+        F.max_pool2d(x, [2, 3, 2])
+
+
 def test_gradients(warm: tuple[Tensor, ConvBN]) -> None:
     x, conv = warm
     weight = conv.weight.clone().requires_grad_()
@@ -210,6 +237,14 @@ def test_who_looks_on(warm: tuple[Tensor, ConvBN]) -> None:
     with torch.profiler.profile() as profile:
         grouped(x, conv)
     assert "fastblocks::grouped_pointwise_conv_bn_act" in {event.key for event in profile.key_averages()}
+    for device in ("cpu", "cuda"):
+        with mock.patch.object(memory, "counts") as counted:
+            torch.set_autocast_enabled(device, True)
+            try:
+                grouped(x, conv)
+            finally:
+                torch.set_autocast_enabled(device, False)
+        assert not counted.mock_calls, device  # nothing was recalled
     with torch.autocast("cpu", torch.bfloat16):
         assert grouped(x, conv).dtype is expected(x, conv).dtype
     F.channel_shuffle(x, 2)

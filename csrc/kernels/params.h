@@ -38,8 +38,8 @@ struct Image {
 // is the calling worker's own memory.
 //
 // `images`: 0 where an item may need all that the phase before made. Else the items come image by image, as many each, and an
-// item reads nothing of another image. Between two such phases of as many images nobody waits for the end of the first, unless
-// the second is to come `after_all`.
+// item neither reads nor writes anything of another image. Between two such phases of as many images nobody waits for the end
+// of the first, unless the second is to come `after_all`.
 struct Phase {
   void (*run)(const void* params, int64_t begin, int64_t end, char* scratch) noexcept;
   const void* params;

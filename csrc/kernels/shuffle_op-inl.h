@@ -119,17 +119,22 @@ inline void shuffle_rows(const ShuffleParams& p, int64_t image, int64_t first, i
   }
 }
 
+// The plane of the inputs that plane i of the outputs is a copy of.
+FASTBLOCKS_INLINE const float* plane_of(const ShuffleParams& p, int64_t image, int64_t i) {
+  const int64_t c = i % p.groups * (p.channels / p.groups) + i / p.groups;
+  const bool second = c >= p.in[0].channels;
+  return p.in[second].data + image * p.in[second].image_stride + (c - second * p.in[0].channels) * p.in[second].pixel_stride;
+}
+
 // Planes [first, last) of the outputs.
 inline void shuffle_planes(const ShuffleParams& p, int64_t image, int64_t first, int64_t last) {
-  const int64_t n = p.channels / p.groups;
   for (int64_t i = first; i < last; ++i) {
-    const int64_t c = i % p.groups * n + i / p.groups;
-    const bool second_in = c >= p.in[0].channels, second_out = i >= p.out[0].channels;
-    const ShuffleParams::Part &from = p.in[second_in], &to = p.out[second_out];
-    float* const y = to.data + image * to.image_stride + (i - second_out * p.out[0].channels) * to.pixel_stride;
-    const float* const x = from.data + image * from.image_stride + (c - second_in * p.in[0].channels) * from.pixel_stride;
+    const bool second = i >= p.out[0].channels;
+    const ShuffleParams::Part& to = p.out[second];
+    float* const y = to.data + image * to.image_stride + (i - second * p.out[0].channels) * to.pixel_stride;
+    const float* const x = plane_of(p, image, i);
     if (p.past)
-      stream_values(y, x, p.pixels, x + p.pixels);
+      stream_values(y, x, p.pixels, plane_of(p, image, i + 1 < last ? i + 1 : i));
     else
       __builtin_memcpy(y, x, p.pixels * sizeof(float));
   }

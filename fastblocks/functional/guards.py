@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ _TensorGuards = _guards()
 _seen = operator.attrgetter("__class__", "dtype", "device", "layout", "requires_grad")
 
 
-def remember_tensors(input: Tensor, tensors: Sequence[Tensor]) -> Callable[..., bool]:
+def remember_tensors(input: Tensor, *tensors: Tensor) -> Callable[..., bool]:
     """A function that says whether an input and tensors are like these, sizes and strides of the input aside."""
     if _TensorGuards is not None:
         check: Callable[..., bool] = _TensorGuards(

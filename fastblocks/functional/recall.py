@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from fastblocks.backends import counts, make_recall, state
 from fastblocks.functional.guards import remember_tensors
-from fastblocks.functional.plain import NO_FORWARD_DERIVATIVES, dispatch_modes, function_modes, profiling
+from fastblocks.functional.plain import NO_FORWARD_DERIVATIVES, autocast, dispatch_modes, function_modes, profiling
 from fastblocks.functional.record import ConvBN
 
 __all__ = ["recall", "remember"]
@@ -33,7 +33,7 @@ if make_recall is not None:
             ConvBN,
             torch.is_grad_enabled,
             (Tensor, torch.nn.Parameter),
-            (profiling, function_modes, dispatch_modes),
+            (profiling, function_modes, dispatch_modes, autocast),
             (NO_FORWARD_DERIVATIVES,),
         )
     )
@@ -57,8 +57,5 @@ def remember(name: str, given: tuple[Any, ...], args: tuple[Any, ...]) -> None:
         given: what `recall` gets behind the name.
         args: what the op got.
     """
-    if _remember is None or state.name != "native":
-        return
-    parts = [tuple(part) if isinstance(part, ConvBN) else (part,) for part in given]
-    tensors = [value for part in parts for value in part if isinstance(value, Tensor)]
-    _remember(name, given, args, remember_tensors(tensors[0], tensors[1:]))
+    if _remember is not None and state.name == "native":
+        _remember(name, given, args, remember_tensors)
