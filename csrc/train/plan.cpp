@@ -87,7 +87,7 @@ bool Plan::run() {
   for (const auto& jobs : stages_) {
     int64_t items = 0;
     for (const Job& job : jobs) items += job.items;
-    if (items > 0) phases.push_back({run_stage, &jobs, items});
+    if (items > 0) phases.push_back({run_stage, &jobs, items, 0, false});
   }
   return phases.empty() || fastblocks::run(phases.data(), (int)phases.size(), worker_bytes_, worker_count());
 }
