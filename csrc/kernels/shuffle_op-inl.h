@@ -18,65 +18,43 @@ struct ShufflePixels {
   int64_t out_stride[2], count;
 };
 
-// Groups that lie each in one input are streams to interleave.
-template <int S>
+// Two groups, each in one input: ShuffleNetV2's.
 inline void interleave_pixels(const ShuffleParams& p, const ShufflePixels& x) {
-  const int64_t n = p.channels / S;
-  const float* streams[S];
-  int64_t step[S];
-  for (int s = 0; s < S; ++s) {
-    const bool second = s * n >= p.in[0].channels;
-    streams[s] = x.in[second] + s * n - second * p.in[0].channels;
-    step[s] = p.in[second].pixel_stride;
-  }
+  const int64_t n = p.channels / 2;
+  const bool second = n >= p.in[0].channels;
+  const float* streams[2] = {x.in[0], second ? x.in[1] : x.in[0] + n};
+  const int64_t step[2] = {p.in[0].pixel_stride, p.in[second].pixel_stride};
   for (int64_t i = 0; i < x.count; ++i) {
     int64_t begin = 0;
     for (int part = 0; part < p.out_count; ++part) {
       const int64_t end = begin + p.out[part].channels;
-      interleave_exact<S>(streams, begin, end, x.out[part] + i * x.out_stride[part]);
+      interleave_exact<2>(streams, begin, end, x.out[part] + i * x.out_stride[part]);
       begin = end;
     }
-    for (int s = 0; s < S; ++s) streams[s] += step[s];
-  }
-}
-
-// Groups of S channels, whole ones in each input, are S interleaved streams, each of which goes to one output.
-template <int S>
-inline void deinterleave_pixels(const ShuffleParams& p, const ShufflePixels& x) {
-  for (int64_t i = 0; i < x.count; ++i) {
-    for (int part = 0; part < p.in_count; ++part) {
-      float* streams[S];
-      for (int s = 0; s < S; ++s) {
-        const int64_t to = s * p.groups + (part ? p.in[0].channels / S : 0);
-        const bool second = to >= p.out[0].channels;
-        streams[s] = x.out[second] + i * x.out_stride[second] + to - second * p.out[0].channels;
-      }
-      deinterleave_exact<S>(x.in[part] + i * p.in[part].pixel_stride, p.in[part].channels / S, streams);
-    }
-  }
-}
-
-inline void shuffle_pixels_one_by_one(const ShuffleParams& p, const ShufflePixels& x) {
-  const int64_t n = p.channels / p.groups;
-  for (int64_t i = 0; i < x.count; ++i) {
-    for (int64_t c = 0; c < p.channels; ++c) {  // of the outputs
-      const int64_t from = c % p.groups * n + c / p.groups;
-      const bool second_in = from >= p.in[0].channels, second_out = c >= p.out[0].channels;
-      x.out[second_out][i * x.out_stride[second_out] + c - second_out * p.out[0].channels] =
-          x.in[second_in][i * p.in[second_in].pixel_stride + from - second_in * p.in[0].channels];
-    }
+    for (int s = 0; s < 2; ++s) streams[s] += step[s];
   }
 }
 
 inline void shuffle_pixels_of(const ShuffleParams& p, const ShufflePixels& x) {
   const int64_t n = p.channels / p.groups;
-  if (p.in[0].channels % n == 0 &&
-      with_streams(p.groups, [&](auto s) __attribute__((always_inline)) { interleave_pixels<decltype(s)::value>(p, x); }))
-    return;
-  if (p.in[0].channels % n == 0 && p.out[0].channels % p.groups == 0 &&
-      with_streams(n, [&](auto s) __attribute__((always_inline)) { deinterleave_pixels<decltype(s)::value>(p, x); }))
-    return;
-  shuffle_pixels_one_by_one(p, x);
+  if (p.groups == 2 && p.in[0].channels % n == 0) return interleave_pixels(p, x);
+  for (int64_t i = 0; i < x.count; ++i) {
+    const float* const in[2] = {x.in[0] + i * p.in[0].pixel_stride, x.in[1] + i * p.in[1].pixel_stride};
+    int64_t begin = 0;
+    for (int part = 0; part < p.out_count; ++part) {
+      const int64_t end = begin + p.out[part].channels;
+      float* to = x.out[part] + i * x.out_stride[part];
+      if (p.in_count == 1) {
+        interleave_streams<true>(in[0], n, p.groups, begin, end, to);
+      } else {
+        for (int64_t c = begin; c < end; ++c) {
+          const int64_t from = c % p.groups * n + c / p.groups;
+          *to++ = from < p.in[0].channels ? in[0][from] : in[1][from - p.in[0].channels];
+        }
+      }
+      begin = end;
+    }
+  }
 }
 
 // Past the caches, but for what is no whole vector at both ends. Meanwhile as much is fetched from `next`.
