@@ -34,13 +34,8 @@ bool same_children(const Modules& s) {
 
 // Whether a tensor is of the same type, sizes and strides; that it is on the CPU and float32 follows from its having a view.
 bool same_tensor(const Place& p, PyObject* tensor) {
-  if ((PyObject*)Py_TYPE(tensor) != p.type.get()) return false;
-  try {
-    return alike(view(tensor), p.seen);
-  } catch (const PythonError&) {  // not for these kernels: the long way says what it is
-    PyErr_Clear();
-    return false;
-  }
+  TensorView v;
+  return (PyObject*)Py_TYPE(tensor) == p.type.get() && try_view(tensor, &v) && alike(v, p.seen);
 }
 
 // The arguments as there are now, and the tensors among them; false where one came or went, or, if `compare`, differs.
