@@ -235,6 +235,16 @@ ROWS: dict[str, tuple[Callable[[], Any], int]] = {
         lambda: Sequential(*(ShuffleUnitV2(12, 12, 1) for _ in range(2)), ConvBNAct(12, 8, 1, groups=2)),
         12,
     ),
+    "sums, then a pool": (
+        lambda: Sequential(*(ShuffleUnit(24, 24, 1, 3) for _ in range(3)), ShuffleUnit(24, 60, 2, 3)),
+        24,
+    ),
+    "a sum, then a maximum": (lambda: Sequential(ShuffleUnit(20, 20, 1, 1), MaxPool2d(3, 2, 1)), 20),
+    "a sum, then a depthwise": (lambda: Sequential(ShuffleUnit(20, 20, 1, 1), DepthwiseConvBNAct(20)), 20),
+    "a sum, then halves": (
+        lambda: Sequential(ShuffleUnit(40, 40, 1, 2), *(ShuffleUnitV2(40, 40, 1) for _ in range(2))),
+        40,
+    ),
     "mixed": (lambda: Sequential(ShuffleUnitV2(8, 8, 1), InvertedResidual(8, 8), ShuffleUnit(8, 8, 1, 2)), 8),
     "join": (lambda: Sequential(PointwiseConvBNAct(8, 16), ShuffleUnitV2(16, 16, 1), ShuffleUnitV2(16, 16, 1)), 8),
     "convolution and unit": (lambda: Sequential(PointwiseConvBNAct(8, 16), ShuffleUnit(16, 32, 2, 2)), 8),
@@ -253,6 +263,20 @@ def test_rows(tier: str, name: str) -> None:
         count = count_chains(found)
         assert count is None or 1 <= count < len(layers)
         check_step(layers, x, None)
+
+
+def saved_tensors(y: Tensor) -> list[Tensor]:
+    return [t for t in y.grad_fn.saved_tensors if t is not None]  # type: ignore[union-attr]
+
+
+def test_every_second_sum_is_made_by_its_readers() -> None:
+    """Five units: of their sums two are stored, and the output."""
+    layers = lively(Sequential(*(ShuffleUnit(48, 48, 1, 3) for _ in range(5))))
+    y = layers(torch.randn(2, 48, 6, 6).requires_grad_())
+    found = [tuple(t.shape) for t in saved_tensors(y)]
+    third_convolutions, the_input = 5, 1
+    assert found.count((2, 48, 6, 6)) == the_input + third_convolutions + 2 + 1
+    assert found.count((2, 12, 6, 6)) == 10
 
 
 def test_a_layer_twice_in_a_row(tier: str) -> None:

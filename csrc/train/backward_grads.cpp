@@ -28,9 +28,12 @@ Finish Backward::finish_of(int64_t value) const {
     f.mask = Mask::kNorm;
     if (maker->activation == 2) f.clamp.high = 6.0f;
   } else if (maker && maker->kind == Kind::kAdd && maker->activation) {
-    f.mask = Mask::kOutput;
-    f.y = b_.values[value];
+    const bool made = b_.made_by_readers[value];
+    const Source y = b_.source(made ? maker->input : value);
+    f.mask = made ? Mask::kSum : Mask::kOutput;
+    f.y = y.data, f.y_stride = y.stride;
     if (maker->activation == 2) f.clamp.high = 6.0f;
+    if (made) of = maker->other, conv = b_.maker(of);
   }
   f.z_stride = b_.shapes[value].c;
   if (conv) f.z = b_.values[of], f.norm = b_.norm(*conv);

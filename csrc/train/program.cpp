@@ -155,6 +155,7 @@ Bound::Bound(const Program& p, PyObject* input, PyObject* weights, PyObject* aff
     shapes.push_back(out);
   }
   find_routes();
+  find_sums();
   values.assign(shapes.size(), nullptr);
   values[0] = x.image.data;
   places.assign(p.nodes.size(), nullptr);
@@ -167,9 +168,29 @@ Norm Bound::norm(const Node& node) const {
   return {at, at + stride, at + 2 * stride, at + 3 * stride};
 }
 
+// Of sums in a row, each the first part of the next, every second is not stored: what reads it adds its two parts, which are
+// there for other reasons. A sum of three parts would be read slower than it is written.
+void Bound::find_sums() {
+  made_by_readers.assign(shapes.size(), false);
+  for (size_t i = 0; i + 1 < program->nodes.size(); ++i) {
+    const Node& node = program->nodes[i];
+    if (node.kind != Kind::kAdd || !stored[node.input]) continue;
+    const Node* first = maker(node.input);
+    if ((first && first->is_conv()) || maker(node.other)->activation) continue;
+    stored[i + 1] = false, made_by_readers[i + 1] = true;
+  }
+}
+
 Source Bound::source(int64_t value, int64_t first) const {
-  Source s{values[value] + first, value ? shapes[value].c : x.image.pixel_stride, {}, {-INFINITY, INFINITY}};
   const Node* node = maker(value);
+  if (made_by_readers[value]) {
+    Source s = source(node->other, first);
+    const Source addend = source(node->input, first);
+    s.addend = addend.data, s.addend_stride = addend.stride;
+    s.clamp = node->clamp();
+    return s;
+  }
+  Source s{values[value] + first, value ? shapes[value].c : x.image.pixel_stride, {}, {-INFINITY, INFINITY}, nullptr, 0};
   if (node && node->is_conv()) {
     s.norm = moved(norm(*node), first);
     s.clamp = node->clamp();

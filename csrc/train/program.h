@@ -69,9 +69,11 @@ struct Bound {
   const Program* program;
   std::vector<Shape> shapes;  // a value
   std::vector<ConvTensors> convs;
-  std::vector<Route> routes;    // a node
-  std::vector<bool> stored;     // a value: an interleaving whose readers take its channels from where they were made is not
-  std::vector<bool> read_once;  // a value: each channel has one reader, and that can gather
+  std::vector<Route> routes;  // a node
+  // A value: not an interleaving whose readers take its channels from where they were made, nor a sum that its readers make.
+  std::vector<bool> stored;
+  std::vector<bool> made_by_readers;  // a value: a sum that is not stored; its parts are
+  std::vector<bool> read_once;        // a value: each channel has one reader, and that can gather
   ImageInput x;
   bool planar;                        // x is NCHW, for a dense convolution
   std::vector<int64_t> norm_offsets;  // of each convolution's constants
@@ -93,6 +95,7 @@ struct Bound {
 
  private:
   void find_routes();
+  void find_sums();
 };
 
 // The constants from a channel on.

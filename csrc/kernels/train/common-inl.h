@@ -61,17 +61,25 @@ FASTBLOCKS_INLINE Vec normalised(Vec z, const Norm& n, int64_t c) {
 
 FASTBLOCKS_INLINE Vec clamped(Vec v, Vec low, Vec high) { return at_most(high, at_least(low, v)); }
 
-// Channels [first, first + channels) of a run of pixels, whose first is `z`, to rows of `stride` floats. Stores whole vectors.
-inline void read_source(const Source& s, const float* z, int64_t pixels, int64_t first, int64_t channels, float* out,
+// Channels [first, first + channels) of `pixels` pixels from `pixel` on, to rows of `stride` floats. Stores whole vectors.
+inline void read_source(const Source& s, int64_t pixel, int64_t pixels, int64_t first, int64_t channels, float* out,
                         int64_t stride) {
   const Vec low = broadcast(s.clamp.low), high = broadcast(s.clamp.high);
-  z += first;
+  const float* z = s.data + pixel * s.stride + first;
   if (!s.norm.mean) {
     for (int64_t m = 0; m < pixels; ++m, z += s.stride, out += stride)
       for_channels(channels, [&](int64_t c, auto lanes) { store(out + c, clamped(load_some(z + c, lanes), low, high)); });
     return;
   }
   const Norm n = {s.norm.mean + first, s.norm.scale + first, s.norm.shift + first, nullptr};
+  if (s.addend) {
+    const float* addend = s.addend + pixel * s.addend_stride + first;
+    for (int64_t m = 0; m < pixels; ++m, z += s.stride, addend += s.addend_stride, out += stride)
+      for_channels(channels, [&](int64_t c, auto lanes) {
+        store(out + c, clamped(normalised(load_some(z + c, lanes), n, c) + load_some(addend + c, lanes), low, high));
+      });
+    return;
+  }
   for (int64_t m = 0; m < pixels; ++m, z += s.stride, out += stride)
     for_channels(channels,
                  [&](int64_t c, auto lanes) { store(out + c, clamped(normalised(load_some(z + c, lanes), n, c), low, high)); });
@@ -81,7 +89,7 @@ inline void read_source(const Source& s, const float* z, int64_t pixels, int64_t
 inline void read_pieces(const SourcePiece* pieces, int64_t count, int64_t pixel, int64_t pixels, float* out, int64_t stride) {
   for (int64_t i = 0; i < count; ++i) {
     const Source& s = pieces[i].source;
-    read_source(s, s.data + pixel * s.stride, pixels, 0, pieces[i].channels, out, stride);
+    read_source(s, pixel, pixels, 0, pieces[i].channels, out, stride);
     out += pieces[i].channels;
   }
 }
@@ -222,16 +230,17 @@ struct Sums {
 template <Mask kMask, bool kSums, bool kWrite, bool kStream, int V>
 FASTBLOCKS_INLINE void finish_vectors(const Finish& f, const float* g, int64_t g_stride, float* out, int64_t out_stride,
                                       int64_t pixel, int64_t pixels, int64_t c, int lanes, Sums& sums) {
-  const bool centre = kSums || kMask == Mask::kNorm;
+  constexpr bool kBatchNorm = kMask == Mask::kNorm || kMask == Mask::kSum, centre = kSums || kBatchNorm;
+  constexpr bool kSecond = kMask == Mask::kOutput || kMask == Mask::kSum;
   const float* z = centre ? f.z + pixel * f.z_stride + c : nullptr;
-  const float* y = kMask == Mask::kOutput ? f.y + pixel * f.z_stride + c : nullptr;
+  const float* y = kSecond ? f.y + pixel * f.y_stride + c : nullptr;
   const int64_t z_stride = f.z_stride;
   const Vec low = broadcast(f.clamp.low), high = broadcast(f.clamp.high);
   Vec mean[V], scale[V], shift[V], sum[V] = {}, sum_z[V] = {};
 #pragma GCC unroll 4
   for (int i = 0; i < V; ++i) {
     if (centre) mean[i] = load(f.norm.mean + c + i * kLanes);
-    if (kMask == Mask::kNorm) scale[i] = load(f.norm.scale + c + i * kLanes), shift[i] = load(f.norm.shift + c + i * kLanes);
+    if (kBatchNorm) scale[i] = load(f.norm.scale + c + i * kLanes), shift[i] = load(f.norm.shift + c + i * kLanes);
   }
   for (int64_t m = 0; m < pixels; ++m) {
 #pragma GCC unroll 4
@@ -239,8 +248,9 @@ FASTBLOCKS_INLINE void finish_vectors(const Finish& f, const float* g, int64_t g
       const int64_t at = i * kLanes;
       Vec v = load_some(g + at, lanes), centred{};
       if (centre) centred = load_some(z + at, lanes) - mean[i];
-      if (kMask == Mask::kNorm) v = masked(v, centred * scale[i] + shift[i], low, high);
-      if (kMask == Mask::kOutput) v = masked(v, load_some(y + at, lanes), low, high);
+      Vec made = kBatchNorm ? centred * scale[i] + shift[i] : Vec{};
+      if (kSecond) made = kBatchNorm ? made + load_some(y + at, lanes) : load_some(y + at, lanes);
+      if (kMask != Mask::kNone) v = masked(v, made, low, high);
       if (kSums) {
         sum[i] += v;
         sum_z[i] += v * centred;
@@ -252,7 +262,7 @@ FASTBLOCKS_INLINE void finish_vectors(const Finish& f, const float* g, int64_t g
     }
     g += g_stride;
     if (centre) z += z_stride;
-    if (kMask == Mask::kOutput) y += z_stride;
+    if (kSecond) y += f.y_stride;
     if (kWrite) out += out_stride;
   }
   for (int i = 0; kSums && i < V; ++i) {
@@ -289,6 +299,8 @@ inline void finish(const Finish& f, const float* g, int64_t g_stride, float* out
   if (f.mask == Mask::kNorm) return either(Number<(int)Mask::kNorm>(), Number<1>());
   if (f.mask == Mask::kOutput)
     return f.partials ? either(Number<(int)Mask::kOutput>(), Number<1>()) : either(Number<(int)Mask::kOutput>(), Number<0>());
+  if (f.mask == Mask::kSum)
+    return f.partials ? either(Number<(int)Mask::kSum>(), Number<1>()) : either(Number<(int)Mask::kSum>(), Number<0>());
   if (f.partials) return either(Number<(int)Mask::kNone>(), Number<1>());
   if (g != out) either(Number<(int)Mask::kNone>(), Number<0>());
 }

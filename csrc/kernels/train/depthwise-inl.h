@@ -18,13 +18,13 @@ constexpr int64_t kSumPixels = 56;
 inline void read_row(const TrainDepthwise& p, int64_t image, int64_t y, int64_t first, int64_t channels, float* ring,
                      int64_t stride, float* pixel) {
   float* out = ring + (y % p.ring_rows * p.ring_width + p.padding[1]) * stride;
-  const float* z = p.x.data + (image * p.height + y) * p.width * p.x.stride;
+  const int64_t begin = (image * p.height + y) * p.width;
   if (p.shuffle == 1) {
-    read_source(p.x, z, p.width, first, channels, out, stride);
+    read_source(p.x, begin, p.width, first, channels, out, stride);
     return;
   }
-  for (int64_t x = 0; x < p.width; ++x, z += p.x.stride, out += stride) {
-    read_source(p.x, z, 1, 0, p.channels, pixel, padded(p.channels));
+  for (int64_t x = 0; x < p.width; ++x, out += stride) {
+    read_source(p.x, begin + x, 1, 0, p.channels, pixel, padded(p.channels));
     interleave_streams<true>(pixel, p.channels / p.shuffle, p.shuffle, 0, p.channels, out);
   }
 }

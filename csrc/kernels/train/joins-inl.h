@@ -52,8 +52,8 @@ inline void join_run(const void* params, int64_t begin, int64_t end, char* memor
   const Vec low = broadcast(p.clamp.low), high = broadcast(p.clamp.high);
   for (int64_t item = begin; item < end; ++item) {
     for_blocks(p, item, [&](int64_t m, int64_t pixels) {
-      read_source(p.a, p.a.data + m * p.a.stride, pixels, 0, p.channels, a, stride);
-      if (p.b.data) read_source(p.b, p.b.data + m * p.b.stride, pixels, 0, p.channels, b, stride);
+      read_source(p.a, m, pixels, 0, p.channels, a, stride);
+      if (p.b.data) read_source(p.b, m, pixels, 0, p.channels, b, stride);
       for (int64_t i = 0; i < pixels; ++i)
         for_channels(p.channels, [&](int64_t c, auto lanes) {
           Vec v = load(a + i * stride + c);

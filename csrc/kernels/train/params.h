@@ -22,12 +22,14 @@ struct Norm {
   float *mean, *scale, *shift, *inverse;  // inverse = 1 / sqrt(variance + eps)
 };
 
-// What a kernel reads: clamp(bn(z)), or z itself where there is no mean.
+// What a kernel reads: clamp(bn(z)), or z itself where there is no mean; with an addend clamp(bn(z) + addend).
 struct Source {
   const float* data;
   int64_t stride;
   Norm norm;
   Clamp clamp;
+  const float* addend;  // or null
+  int64_t addend_stride;
 };
 
 // Some channels of a value. What a kernel reads of several values lies side by side, piece after piece.
@@ -44,17 +46,18 @@ struct Gradient {
   const float *mean, *scale, *slope, *offset;
 };
 
-enum class Mask { kNone, kNorm, kOutput };
+enum class Mask { kNone, kNorm, kOutput, kSum };
 
 // What is done with a gradient as it is written: it is masked by the activation of what it is the gradient of, and summed for
 // the BatchNorm's own gradient.
 struct Finish {
-  Mask mask;         // kNorm: where bn(z) lies within the clamp; kOutput: where y > 0
-  const float* z;    // null: no sums
-  int64_t z_stride;  // z's and y's
+  Mask mask;       // where what lies within the clamp? kNorm: bn(z), kOutput: y, kSum: bn(z) + y
+  const float* z;  // null: no sums
+  int64_t z_stride;
   Norm norm;
   Clamp clamp;
   const float* y;
+  int64_t y_stride;
   double* partials;  // [item][2][padded]: sums of g and of g * (z - mean)
   bool stream;       // what is written is too large for the caches
 };

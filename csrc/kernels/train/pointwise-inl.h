@@ -67,10 +67,13 @@ inline void train_pointwise_prepare(void* params, TrainWork* work) {
 // Whether the gradient of the input is made in scratch, and goes from there to where it belongs.
 FASTBLOCKS_INLINE bool writes_block(const PointwiseGrad& p) { return p.pieces > 1 || p.dx->finish.stream; }
 
-// What finishing the first piece's gradient reads beside what the product has read: the z of a sum's second part.
+// What finishing the first piece's gradient reads beside what the product has read: the z of a sum's second part; or, where
+// that was read, the sum's first.
 FASTBLOCKS_INLINE Range finish_range(const PointwiseGrad& p, int64_t pixel, int64_t pixels) {
   const Finish& f = p.dx->finish;
-  if (!p.weight || !p.dx->dx || !f.z || f.z == p.x->source.data) return {nullptr, 0};
+  if (!p.weight || !p.dx->dx) return {nullptr, 0};
+  if (p.x->source.addend) return {p.x->source.addend + pixel * p.x->source.addend_stride, pixels * p.x->source.addend_stride};
+  if (!f.z || f.z == p.x->source.data) return {nullptr, 0};
   return {f.z + pixel * f.z_stride, pixels * f.z_stride};
 }
 

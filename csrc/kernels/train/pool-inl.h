@@ -77,13 +77,13 @@ inline void train_pool_run(const void* params, int64_t begin, int64_t end, char*
       Window w = {larger(0, -y), smaller(p.kernel[0], p.height - y), 0, 0};
       for (int64_t ky = w.row; ky < w.row_end; ++ky) {
         const int64_t iy = y + ky;
-        const float* z = p.x.data + (image * p.height + iy) * p.width * p.x.stride;
+        const int64_t begin = (image * p.height + iy) * p.width;
         float* row = plain ? nullptr : ring + iy % p.kernel[0] * p.width * stride;
         if (!plain && iy >= next) {
-          read_source(p.x, z, p.width, 0, p.channels, row, stride);
+          read_source(p.x, begin, p.width, 0, p.channels, row, stride);
           next = iy + 1;
         }
-        rows[ky] = plain ? z : row;
+        rows[ky] = plain ? p.x.data + begin * p.x.stride : row;
       }
       for (int64_t ox = 0; ox < p.out_width; ++ox) {
         const int64_t pixel = (image * p.out_height + oy) * p.out_width + ox, x = ox * p.stride[1] - p.padding[1];
