@@ -45,7 +45,7 @@ FASTBLOCKS_INLINE void pair_step(PairSums<W> (&sum)[P], const float* const (&a)[
 // One run; returns where the next one's weights begin.
 template <int P, int W>
 FASTBLOCKS_INLINE const float* pair_sum(PairSums<W> (&sum)[P], const float* first, int64_t a_stride, const float* w,
-                                        int64_t depth) {
+                                        int64_t depth, Fetching& fetching) {
   constexpr int kPanel = (W + 1) * kLanes;
   const float* a[P];
 #pragma GCC unroll 8
@@ -58,7 +58,7 @@ FASTBLOCKS_INLINE const float* pair_sum(PairSums<W> (&sum)[P], const float* firs
     for (int p = 0; p < P; ++p) a[p] += kCount;
     w += kCount * kPanel;
   };
-  for (; depth >= 4; depth -= 4) steps(Number<4>());
+  for (; depth >= 4; depth -= 4) steps(Number<4>()), fetching.after_four_steps();
   if (depth & 2) steps(Number<2>());
   if (depth & 1) steps(Number<1>());
   return w;
@@ -125,15 +125,15 @@ inline void pair_run(TileRun& state, int64_t tiles) {
   const float *a = t.a.data, *residual = t.residual;
   float* out = t.to.data;
   const int64_t* offsets = t.to.offsets;
-  Ahead ahead = t.ahead;
   const auto straight = [&]() __attribute__((always_inline)) {
     float* const here = out;
     out += t.to.pixel_stride, hide(out);
     return here;
   };
   const auto anywhere = [&]() __attribute__((always_inline)) { return offsets ? out + *offsets++ : straight(); };
+  Fetching fetching(t.ahead, t.a.run_count * (t.a.run_length / 4), t.w);
   for (; tiles > 0; --tiles) {
-    fetch(ahead);
+    fetching.begin_tile();
     if (t.to.far) fetch_for_writing<2 * P, W + 1>(out, t.to.pixel_stride);
     PairSums<W> sum[P];
     const Vec half = kScaled ? Vec{} : load_half_twice(t.shift + kWhole);
@@ -153,9 +153,9 @@ inline void pair_run(TileRun& state, int64_t tiles) {
     if (kRuns) {
       const float* w = t.w;
       for (int64_t run = 0; run < t.a.run_count; ++run)
-        w = pair_sum<P, W>(sum, a + t.a.run_offsets[run], a_stride, w, t.a.run_length);
+        w = pair_sum<P, W>(sum, a + t.a.run_offsets[run], a_stride, w, t.a.run_length, fetching);
     } else {
-      pair_sum<P, W>(sum, a, a_stride, t.w, t.a.run_length);
+      pair_sum<P, W>(sum, a, a_stride, t.w, t.a.run_length, fetching);
     }
     a += 2 * P * a_stride;
     if (t.valid > t.used)
@@ -164,7 +164,7 @@ inline void pair_run(TileRun& state, int64_t tiles) {
       pair_store<P, W, kScaled, kAdded, false>(sum, t, residual, straight);
     if (kAdded) residual += 2 * P * t.residual_stride;
   }
-  state.a.data = a, state.residual = residual, state.ahead = ahead;
+  state.a.data = a, state.residual = residual, state.ahead = fetching.ahead;
   state.to.data = out, state.to.offsets = offsets;
 }
 

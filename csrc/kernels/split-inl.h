@@ -48,7 +48,7 @@ FASTBLOCKS_INLINE HalfVec clamp_split(HalfVec v, HalfVec low, HalfVec high) {
 
 template <int M, int H>
 FASTBLOCKS_INLINE const float* split_sum(HalfVec (&sum)[M][H], const float* first, int64_t a_stride, const float* w,
-                                         int64_t depth) {
+                                         int64_t depth, Fetching& fetching) {
   constexpr int kPanel = (H + 1) * kHalf;
   const float* a[(M + 2) / 3];
 #pragma GCC unroll 8
@@ -71,7 +71,7 @@ FASTBLOCKS_INLINE const float* split_sum(HalfVec (&sum)[M][H], const float* firs
     for (int i = 0; i < (M + 2) / 3; ++i) a[i] += kCount;
     w += kCount * kPanel;
   };
-  for (; depth >= 4; depth -= 4) steps(Number<4>());
+  for (; depth >= 4; depth -= 4) steps(Number<4>()), fetching.after_four_steps();
   for (; depth > 0; --depth) steps(Number<1>());
   return w;
 }
@@ -99,9 +99,9 @@ inline void split_run(TileRun& state, int64_t tiles) {
   const float *a = t.a.data, *residual = t.residual;
   float* out = t.to.data;
   const int64_t* offsets = t.to.offsets;
-  Ahead ahead = t.ahead;
+  Fetching fetching(t.ahead, t.a.run_count * (t.a.run_length / 4), t.w);
   for (; tiles > 0; --tiles) {
-    fetch(ahead);
+    fetching.begin_tile();
     if (t.to.far) fetch_for_writing<M, W + 1>(out, t.to.pixel_stride);
     HalfVec sum[M][H];
 #pragma GCC unroll 8
@@ -115,9 +115,9 @@ inline void split_run(TileRun& state, int64_t tiles) {
     if (kRuns) {
       const float* w = t.w;
       for (int64_t run = 0; run < t.a.run_count; ++run)
-        w = split_sum(sum, a + t.a.run_offsets[run], a_stride, w, t.a.run_length);
+        w = split_sum(sum, a + t.a.run_offsets[run], a_stride, w, t.a.run_length, fetching);
     } else {
-      split_sum(sum, a, a_stride, t.w, t.a.run_length);
+      split_sum(sum, a, a_stride, t.w, t.a.run_length, fetching);
     }
     const float *scale = t.scale, *shift = t.shift;
     const Clamp* clamp = &t.clamp;
@@ -147,7 +147,7 @@ inline void split_run(TileRun& state, int64_t tiles) {
     a += M * a_stride;
     if (kAdded) residual += M * t.residual_stride;
   }
-  state.a.data = a, state.residual = residual, state.ahead = ahead;
+  state.a.data = a, state.residual = residual, state.ahead = fetching.ahead;
   state.to.data = out, state.to.offsets = offsets;
 }
 

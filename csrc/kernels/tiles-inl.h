@@ -20,18 +20,40 @@ FASTBLOCKS_INLINE int tile_pixels(int vectors) {
   return max_tile_pixels(vectors);
 }
 
-// The packed weights that follow those in use: each tile fetches a part of them, so that a panel is near when its turn comes. A
-// small map's weights come from L3 and are used by few tiles.
+// What is needed soon: packed weights that follow those in use, since a small map's weights come from L3 and are used by few
+// tiles; or the next pixels. Each tile fetches a part.
 struct Ahead {
   const float* next;  // null: nothing to fetch
   int64_t floats;     // a tile
 };
 
-FASTBLOCKS_INLINE void fetch(Ahead& ahead) {
-  if (!ahead.next) return;
-  for (int64_t i = 0; i < ahead.floats; i += 16) __builtin_prefetch(ahead.next + i);
-  ahead.next += ahead.floats;
-}
+// A tile's part, two lines at most every four steps of the depth: fetched at once it would take all of a core's buffers for
+// misses, and the sums would wait. What is left over goes first.
+struct Fetching {
+  Ahead ahead;
+  const float* at;
+  int64_t first, step;
+
+  FASTBLOCKS_INLINE Fetching(const Ahead& a, int64_t fours, const float* near) : ahead(a), at(near), first(0), step(0) {
+    if (!ahead.next) return;
+    first = round_up(larger(0, ahead.floats - 2 * kLine * fours), kLine);
+    if (fours) step = divide_up(ahead.floats - first, 2 * fours);
+  }
+  FASTBLOCKS_INLINE void begin_tile() {
+    if (!ahead.next) return;
+    for (int64_t i = 0; i < first; i += kLine) __builtin_prefetch(ahead.next + i);
+    at = ahead.next + first;
+    ahead.next += ahead.floats;
+  }
+  // Where there is nothing to fetch, the same near line again and again costs nothing.
+  FASTBLOCKS_INLINE void after_four_steps() {
+    __builtin_prefetch(at), at += step;
+    __builtin_prefetch(at), at += step;
+  }
+
+ private:
+  static constexpr int64_t kLine = 16;
+};
 
 // The lines that M pixels of V vectors will be stored to: they come while the sums are made. A tile's stores come all at once,
 // and where each waits for its line, the next tile waits for them.
@@ -96,7 +118,7 @@ FASTBLOCKS_INLINE void tile_step(Vec (&sum)[M][V], const float* const (&a)[(M + 
 // One run, four steps at a time and the rest one by one. Returns where the next run's weights begin.
 template <int M, int V>
 FASTBLOCKS_INLINE const float* tile_sum(Vec (&sum)[M][V], const float* first, int64_t a_stride, const float* w,
-                                        int64_t run_length) {
+                                        int64_t run_length, Fetching& fetching) {
   const float* a[(M + 2) / 3];
 #pragma GCC unroll 32
   for (int i = 0; i < (M + 2) / 3; ++i) a[i] = first + 3 * i * a_stride;
@@ -112,7 +134,10 @@ FASTBLOCKS_INLINE const float* tile_sum(Vec (&sum)[M][V], const float* first, in
     w += kCount * V * kLanes;
   };
   int64_t k = run_length;
-  for (; k >= 4; k -= 4) steps(Number<4>());
+  for (; k >= 4; k -= 4) {
+    steps(Number<4>());
+    if (V > 1) fetching.after_four_steps();  // a single vector is limited by loads
+  }
   for (; k > 0; --k) steps(Number<1>());
   return w;
 }
@@ -157,9 +182,9 @@ inline void tile_run(TileRun& state, int64_t tiles) {
   const float* residual = t.residual;
   float* out = t.to.data;
   const int64_t* offsets = t.to.offsets;
-  Ahead ahead = t.ahead;
+  Fetching fetching(t.ahead, V > 1 ? t.a.run_count * (t.a.run_length / 4) : 0, t.w);
   for (; tiles > 0; --tiles) {
-    fetch(ahead);
+    fetching.begin_tile();
     if (t.to.far) fetch_for_writing<M, V>(out, t.to.pixel_stride);
     Vec sum[M][V];
 #pragma GCC unroll 3
@@ -183,9 +208,9 @@ inline void tile_run(TileRun& state, int64_t tiles) {
     if (kFinish == Finish::kFoldedRuns || (kAny && t.a.run_offsets)) {
       const float* w = t.w;
       for (int64_t run = 0; run < t.a.run_count; ++run)
-        w = tile_sum<M, V>(sum, a + t.a.run_offsets[run], a_stride, w, t.a.run_length);
+        w = tile_sum<M, V>(sum, a + t.a.run_offsets[run], a_stride, w, t.a.run_length, fetching);
     } else {
-      tile_sum<M, V>(sum, a, a_stride, t.w, t.a.run_length);
+      tile_sum<M, V>(sum, a, a_stride, t.w, t.a.run_length, fetching);
     }
     if (offsets) {
       tile_store<M, V, kFinish>(sum, t, residual, [&] { return out + *offsets++; });
@@ -199,7 +224,7 @@ inline void tile_run(TileRun& state, int64_t tiles) {
     a += M * a_stride;
     if (residual) residual += M * t.residual_stride;
   }
-  state.a.data = a, state.residual = residual, state.ahead = ahead;
+  state.a.data = a, state.residual = residual, state.ahead = fetching.ahead;
   state.to.data = out, state.to.offsets = offsets;
 }
 
