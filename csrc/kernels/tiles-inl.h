@@ -136,7 +136,7 @@ FASTBLOCKS_INLINE const float* tile_sum(Vec (&sum)[M][V], const float* first, in
   int64_t k = run_length;
   for (; k >= 4; k -= 4) {
     steps(Number<4>());
-    if (V > 1) fetching.after_four_steps();  // a single vector is limited by loads
+    if (V > 1 || fetching.step) fetching.after_four_steps();  // a single vector is limited by loads
   }
   for (; k > 0; --k) steps(Number<1>());
   return w;
@@ -182,7 +182,7 @@ inline void tile_run(TileRun& state, int64_t tiles) {
   const float* residual = t.residual;
   float* out = t.to.data;
   const int64_t* offsets = t.to.offsets;
-  Fetching fetching(t.ahead, V > 1 ? t.a.run_count * (t.a.run_length / 4) : 0, t.w);
+  Fetching fetching(t.ahead, t.a.run_count * (t.a.run_length / 4), t.w);
   for (; tiles > 0; --tiles) {
     fetching.begin_tile();
     if (t.to.far) fetch_for_writing<M, V>(out, t.to.pixel_stride);

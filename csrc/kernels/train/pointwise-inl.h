@@ -95,6 +95,9 @@ inline void pointwise_grad_run(const void* params, int64_t begin, int64_t end, c
       const Range next_g = {next < p.pixels ? p.dy.g + next * p.dy.stride : nullptr, pixels * p.dy.stride};
       const Range next_z = {next < p.pixels ? p.dy.z + next * p.out_channels : nullptr, pixels * p.out_channels};
       const Range next_x = range_of(p.x, next, pixels, p.pixels);
+      // Of two products of equal length neither should wait for memory: the longer of z and x is the second's.
+      const bool z_later = p.weight && p.weight_partials && n > k;
+      const Range &sooner = z_later ? next_x : next_z, &later = z_later ? next_z : next_x;
       read_gradient(p.dy, m, pixels, p.out_channels, 0, p.out_channels, dy, p.dy_stride);
       if (p.weight_partials) {
         read_pieces(p.x, p.pieces, m, pixels, x, p.x_stride);
@@ -102,7 +105,7 @@ inline void pointwise_grad_run(const void* params, int64_t begin, int64_t end, c
         const Range addend = {p.addend ? p.addend + m * p.addend_stride : nullptr, pixels * p.addend_stride};
         const Range masks = finish_range(p, m, pixels);
         for (int64_t g = 0; g < p.groups; ++g) {
-          const Range soon[4] = {next_g.part(g, p.groups), next_z.part(g, p.groups), addend.part(g, p.groups),
+          const Range soon[4] = {next_g.part(g, p.groups), sooner.part(g, p.groups), addend.part(g, p.groups),
                                  masks.part(g, p.groups)};
           outer(dy + g * n, p.dy_stride, n, x + g * k, p.x_stride, k, pixels, out + g * n * p.weight_stride, p.weight_stride,
                 m > from, soon, addend.data || masks.data ? 4 : 2);
@@ -114,7 +117,7 @@ inline void pointwise_grad_run(const void* params, int64_t begin, int64_t end, c
         const float* addend = p.addend ? p.addend + m * p.addend_stride : nullptr;
         for (int64_t g = 0; g < p.groups; ++g)
           product({dy + g * n, n, p.dy_stride, 1, nullptr}, pixels, k, p.weight + g * packed, p.zeros,
-                  addend ? addend + g * k : nullptr, p.addend_stride, dx + g * k, stride, next_x.part(g, p.groups));
+                  addend ? addend + g * k : nullptr, p.addend_stride, dx + g * k, stride, later.part(g, p.groups));
         finish_pieces(p.dx, p.pieces, dx, stride, m, pixels, sums);
       }
     }
