@@ -208,6 +208,16 @@ def test_shuffle_unit_v2(tier: str, stride: int) -> None:
 
 ROWS: dict[str, tuple[Callable[[], Any], int]] = {
     "pool": (lambda: Sequential(ConvBNAct(3, 24, 3, 2, activation_layer=nn.ReLU), MaxPool2d(3, 2, 1)), 3),
+    "pool, then a unit": (
+        lambda: Sequential(
+            ConvBNAct(3, 24, 3, 2, activation_layer=nn.ReLU), MaxPool2d(3, 2, 1), ShuffleUnit(24, 48, 2, 3, False)
+        ),
+        3,
+    ),
+    "pool, then a residual": (
+        lambda: Sequential(ConvBNAct(3, 17, 3, 1), MaxPool2d((2, 3), (1, 2), (0, 1)), InvertedResidual(17, 17)),
+        3,
+    ),
     "pool first": (lambda: Sequential(MaxPool2d((2, 3), (1, 2), (0, 1)), PointwiseConvBNAct(17, 8)), 17),
     "pool amid": (lambda: Sequential(PointwiseConvBNAct(8, 24), MaxPool2d(2), InvertedResidual(24, 24)), 8),
     "stem": (lambda: Sequential(ConvBNAct(3, 8, 3, 2), DepthwiseSeparableConv(8, 17), InvertedResidual(17, 17)), 3),
@@ -286,6 +296,17 @@ def test_a_layer_twice_in_a_row(tier: str) -> None:
     layer = PointwiseConvBNAct(8, 8)
     layer[1].momentum = None
     check_step(lively(Sequential(layer, DepthwiseConvBNAct(8), layer)), torch.randn(2, 8, 5, 5))
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 1.0])
+def test_a_pool_behind_any_scale(tier: str, scale: float) -> None:
+    """Where BatchNorm turns the order round the smallest value wins; where it makes all equal, the first."""
+    layers = lively(Sequential(ConvBNAct(3, 18, 3, 2), MaxPool2d(3, 2, 1), PointwiseConvBNAct(18, 8)))
+    with torch.no_grad():
+        layers[0][1].weight[::2].mul_(scale)
+        layers[0][1].bias.abs_()
+    for x in both_formats(torch.randn(2, 3, 17, 20)):
+        check_step(layers, x)
 
 
 def test_pool_alone(tier: str) -> None:

@@ -78,6 +78,10 @@ void Backward::pass_on(const Node& node, int64_t value) {
 
 void Backward::add_pool(const Node& node, int64_t value, float* g, int64_t stride) {
   if (!needs_[node.input]) return;
+  if (b_.pools_z[value - 1]) {  // the convolution deals the gradient to its pixels
+    grads_[node.input] = grads_[value];
+    return;
+  }
   TrainPool p = pool_of(b_, node, value);
   p.y = g, p.y_stride = stride;
   plan_.stage();

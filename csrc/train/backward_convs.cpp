@@ -150,6 +150,12 @@ void Backward::add_dense(const Node& node, int64_t value, const Gradient& dy, fl
   DenseGrad p{};
   p.conv = b_.dense(node, value);
   p.dy = dy, p.weight = weights_[value - 1], p.zeros = zeros_;
+  for (size_t i = 0; i < nodes_.size(); ++i)
+    if (b_.pools_z[i] && nodes_[i].input == value) {
+      p.pool = pool_of(b_, nodes_[i], (int64_t)i + 1);
+      p.pool.y = const_cast<float*>(dy.g), p.pool.y_stride = dy.stride;
+      p.pooled = true;
+    }
   if (dx) {  // it reads the chain's input
     const bool fresh_memory = !grads_[0].data;
     if (!fresh_memory && !delivered_) deliver(), plan_.stage();

@@ -11,11 +11,8 @@ namespace train {
 const Node* Backward::summed(int64_t value, int64_t* of) const {
   const Node* maker = b_.maker(value);
   *of = value;
-  if (maker && maker->kind == Kind::kAdd && needs_[maker->other]) {
-    *of = maker->other;
-    maker = b_.maker(maker->other);
-  }
-  return maker && maker->is_conv() ? maker : nullptr;
+  if (maker && maker->kind == Kind::kAdd && needs_[maker->other]) *of = maker->other;
+  return b_.normalised_by(*of);
 }
 
 Finish Backward::finish_of(int64_t value) const {
@@ -24,9 +21,9 @@ Finish Backward::finish_of(int64_t value) const {
   const Node* conv = summed(value, &of);
   const Node* maker = b_.maker(value);
   f.clamp = {0.0f, NAN};
-  if (maker && maker->is_conv() && maker->activation) {
-    f.mask = Mask::kNorm;
-    if (maker->activation == 2) f.clamp.high = 6.0f;
+  if (const Node* own = b_.normalised_by(value)) {
+    if (own->activation) f.mask = Mask::kNorm;
+    if (own->activation == 2) f.clamp.high = 6.0f;
   } else if (maker && maker->kind == Kind::kAdd && maker->activation) {
     const bool made = b_.made_by_readers[value];
     const Source y = b_.source(made ? maker->input : value);
@@ -42,7 +39,7 @@ Finish Backward::finish_of(int64_t value) const {
 
 bool Backward::is_plain(int64_t value) const {
   const Node* maker = b_.maker(value);
-  return !maker || (!maker->is_conv() && maker->kind != Kind::kAdd);
+  return !maker || (!b_.normalised_by(value) && maker->kind != Kind::kAdd);
 }
 
 void Backward::want_sums(int64_t value, int64_t items, Finish* finish) {

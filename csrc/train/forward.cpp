@@ -144,6 +144,10 @@ TrainPool pool_of(const Bound& b, const Node& node, int64_t value) {
   p.images = in.n, p.height = in.h, p.width = in.w, p.channels = in.c, p.out_height = out.h, p.out_width = out.w;
   for (int i = 0; i < 2; ++i) p.kernel[i] = node.kernel[i], p.stride[i] = node.stride[i], p.padding[i] = node.padding[i];
   p.x = b.source(node.input);
+  if (b.pools_z[value - 1]) {
+    p.signs = b.convs[b.maker(node.input)->conv].gamma;
+    p.x.norm = {}, p.x.clamp = {-INFINITY, INFINITY};
+  }
   p.y = b.values[value], p.y_stride = out.c;
   p.places = b.places[value - 1];
   return p;

@@ -155,6 +155,7 @@ Bound::Bound(const Program& p, PyObject* input, PyObject* weights, PyObject* aff
     shapes.push_back(out);
   }
   find_routes();
+  find_pools();
   find_sums();
   values.assign(shapes.size(), nullptr);
   values[0] = x.image.data;
@@ -175,10 +176,28 @@ void Bound::find_sums() {
   for (size_t i = 0; i + 1 < program->nodes.size(); ++i) {
     const Node& node = program->nodes[i];
     if (node.kind != Kind::kAdd || !stored[node.input]) continue;
-    const Node* first = maker(node.input);
-    if ((first && first->is_conv()) || maker(node.other)->activation) continue;
+    if (normalised_by(node.input) || maker(node.other)->activation) continue;
     stored[i + 1] = false, made_by_readers[i + 1] = true;
   }
+}
+
+// BatchNorm and activation keep the order of values, or turn it round: they may be exchanged with a maximum. Where the scale is
+// 0 all values of a window are equal, and the first one is taken.
+void Bound::find_pools() {
+  const std::vector<Node>& nodes = program->nodes;
+  pools_z.assign(nodes.size(), false);
+  for (size_t i = 0; i + 1 < nodes.size(); ++i) {
+    if (nodes[i].kind != Kind::kMaxPool || nodes[i].input == 0 || maker(nodes[i].input)->kind != Kind::kDense) continue;
+    int readers = 0;
+    for (const Node& n : nodes) readers += (n.input == nodes[i].input) + (n.other == nodes[i].input);
+    pools_z[i] = readers == 1;
+  }
+}
+
+const Node* Bound::normalised_by(int64_t value) const {
+  const Node* node = maker(value);
+  if (node && node->kind == Kind::kMaxPool && pools_z[value - 1]) node = maker(node->input);
+  return node && node->is_conv() ? node : nullptr;
 }
 
 Source Bound::source(int64_t value, int64_t first) const {
@@ -191,9 +210,9 @@ Source Bound::source(int64_t value, int64_t first) const {
     return s;
   }
   Source s{values[value] + first, value ? shapes[value].c : x.image.pixel_stride, {}, {-INFINITY, INFINITY}, nullptr, 0};
-  if (node && node->is_conv()) {
-    s.norm = moved(norm(*node), first);
-    s.clamp = node->clamp();
+  if (const Node* conv = normalised_by(value)) {
+    s.norm = moved(norm(*conv), first);
+    s.clamp = conv->clamp();
   }
   return s;
 }

@@ -73,7 +73,10 @@ struct Bound {
   // A value: not an interleaving whose readers take its channels from where they were made, nor a sum that its readers make.
   std::vector<bool> stored;
   std::vector<bool> made_by_readers;  // a value: a sum that is not stored; its parts are
-  std::vector<bool> read_once;        // a value: each channel has one reader, and that can gather
+  // A node: a maximum pool of a convolution's z itself, or of -z where BatchNorm changes its sign. What reads it applies
+  // BatchNorm and activation, on a quarter of the pixels, as it would for the convolution's own output.
+  std::vector<bool> pools_z;
+  std::vector<bool> read_once;  // a value: each channel has one reader, and that can gather
   ImageInput x;
   bool planar;                        // x is NCHW, for a dense convolution
   std::vector<int64_t> norm_offsets;  // of each convolution's constants
@@ -85,6 +88,8 @@ struct Bound {
   Bound(const Program& program, PyObject* x, PyObject* weights, PyObject* affine);
   Norm norm(const Node& node) const;
   const Node* maker(int64_t value) const { return value ? &program->nodes[value - 1] : nullptr; }
+  // The convolution whose BatchNorm and activation a value is read through, or null.
+  const Node* normalised_by(int64_t value) const;
   // What a reader of a slice of a value reads.
   Source source(int64_t value, int64_t first = 0) const;
   TrainDepthwise depthwise(const Node& node, int64_t value) const;
@@ -96,6 +101,7 @@ struct Bound {
  private:
   void find_routes();
   void find_sums();
+  void find_pools();
 };
 
 // The constants from a channel on.

@@ -94,22 +94,26 @@ inline void read_pieces(const SourcePiece* pieces, int64_t count, int64_t pixel,
   }
 }
 
-// The gradient of z, the same way; `pixel` counts from the beginning.
-inline void read_gradient(const Gradient& d, int64_t pixel, int64_t pixels, int64_t all_channels, int64_t first,
-                          int64_t channels, float* out, int64_t stride) {
-  const float* g = d.g + pixel * d.stride + first;
+// The gradient of z, the same way, from `g`, which is that of the first pixel and channel; `pixel` counts from the beginning.
+inline void read_gradient_from(const float* g, int64_t g_stride, const Gradient& d, int64_t pixel, int64_t pixels,
+                               int64_t all_channels, int64_t first, int64_t channels, float* out, int64_t stride) {
   if (!d.scale) {
-    for (int64_t m = 0; m < pixels; ++m, g += d.stride, out += stride)
+    for (int64_t m = 0; m < pixels; ++m, g += g_stride, out += stride)
       for_channels(channels, [&](int64_t c, auto lanes) { store(out + c, load_some(g + c, lanes)); });
     return;
   }
   const float* z = d.z + pixel * all_channels + first;
   const float *mean = d.mean + first, *scale = d.scale + first, *slope = d.slope + first, *offset = d.offset + first;
-  for (int64_t m = 0; m < pixels; ++m, g += d.stride, z += all_channels, out += stride)
+  for (int64_t m = 0; m < pixels; ++m, g += g_stride, z += all_channels, out += stride)
     for_channels(channels, [&](int64_t c, auto lanes) {
       const Vec centred = load_some(z + c, lanes) - load(mean + c);
       store(out + c, load_some(g + c, lanes) * load(scale + c) + (centred * load(slope + c) + load(offset + c)));
     });
+}
+
+inline void read_gradient(const Gradient& d, int64_t pixel, int64_t pixels, int64_t all_channels, int64_t first,
+                          int64_t channels, float* out, int64_t stride) {
+  read_gradient_from(d.g + pixel * d.stride + first, d.stride, d, pixel, pixels, all_channels, first, channels, out, stride);
 }
 
 // ---------------------------------------------------------------------------------------------------- statistics

@@ -186,19 +186,6 @@ struct DepthwiseGrad {
   int64_t items, dy_ring_rows, dy_ring_width, dy_padding;
 };
 
-// Dense k x k convolutions.
-struct DenseGrad {
-  ConvParams conv;  // sizes and input, which is no convolution's output
-  Gradient dy;
-  const float* weight;  // packed for the transposed product, depth order (channel, row, column); null: not needed
-  const float* zeros;
-  float* dx;               // dense NHWC
-  bool accumulate;         // dx holds what other readers gave
-  float* weight_partials;  // [item][depth][weight_stride], channels side by side; null: not needed
-  // set by prepare
-  int64_t items, bands, row_width, dy_stride, x_stride, weight_stride;
-};
-
 // Statistics of a z that another kernel wrote.
 struct MomentsPass {
   int64_t pixels, channels;
@@ -259,7 +246,8 @@ struct TrainPool {
   int64_t images, height, width, channels, out_height, out_width;
   int64_t kernel[2], stride[2], padding[2];
   Source x;
-  float* y;  // or its gradient
+  const float* signs;  // maximum: of x times the sign of these, a channel; null: of x
+  float* y;            // or its gradient
   int64_t y_stride;
   unsigned char* places;
   float* dx;  // backward
@@ -268,6 +256,21 @@ struct TrainPool {
   int64_t addend_stride;
   Finish finish;
   int64_t items, bands;
+};
+
+// Dense k x k convolutions.
+struct DenseGrad {
+  ConvParams conv;  // sizes and input, which is no convolution's output
+  Gradient dy;
+  bool pooled;          // dy.g is the gradient of
+  TrainPool pool;       // a maximum pool of z
+  const float* weight;  // packed for the transposed product, depth order (channel, row, column); null: not needed
+  const float* zeros;
+  float* dx;               // dense NHWC
+  bool accumulate;         // dx holds what other readers gave
+  float* weight_partials;  // [item][depth][weight_stride], channels side by side; null: not needed
+  // set by prepare
+  int64_t items, bands, row_width, dy_stride, x_stride, weight_stride;
 };
 
 // A kernel: prepare() cuts the work into items and says what they need; run() does some of them.

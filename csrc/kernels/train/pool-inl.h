@@ -28,12 +28,14 @@ struct Window {
 // One output pixel whose window begins at column `x`, which may lie outside.
 template <bool kAverage>
 FASTBLOCKS_INLINE void pool_pixel(const TrainPool& p, const float* const* rows, int64_t row_stride, int64_t x, const Window& w,
-                                  float* out, unsigned char* places) {
+                                  const float* signs, float* out, unsigned char* places) {
   const Vec share = broadcast(1.0f / (float)(p.kernel[0] * p.kernel[1]));
   for_channels(p.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
     // Where all are -inf, the first tap that is there wins.
     Vec best = kAverage ? Vec{} : load_some(rows[w.row] + (x + w.column) * row_stride + c, lanes);
     Indices place = Indices{} + (int)(w.row * p.kernel[1] + w.column);
+    const Vec sign = kAverage ? Vec{} : load(signs + c);
+    Vec best_key = best * sign;
     for (int64_t ky = w.row; ky < w.row_end; ++ky) {
       const float* at = rows[ky] + (x + w.column) * row_stride + c;
       int tap = (int)(ky * p.kernel[1] + w.column);
@@ -43,8 +45,10 @@ FASTBLOCKS_INLINE void pool_pixel(const TrainPool& p, const float* const* rows, 
           best += v;
           continue;
         }
-        const auto wins = (v > best) | (v != v);
+        const Vec key = v * sign;
+        const auto wins = (key > best_key) | (key != key);
         best = wins ? v : best;
+        best_key = wins ? key : best_key;
         place = wins ? Indices{} + tap : place;
       }
     }
@@ -60,6 +64,8 @@ FASTBLOCKS_INLINE void pool_rows(const TrainPool& p, int64_t item, int64_t heigh
   *to = (band + 1) * height / p.bands;
 }
 
+FASTBLOCKS_INLINE float sign_of(float v) { return v > 0.0f ? 1.0f : v < 0.0f ? -1.0f : v; }
+
 // Rows that are read through a BatchNorm lie in a ring, each read once.
 inline void train_pool_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
   const TrainPool& p = *static_cast<const TrainPool*>(params);
@@ -68,6 +74,8 @@ inline void train_pool_run(const void* params, int64_t begin, int64_t end, char*
   const int64_t stride = plain ? p.x.stride : round_up(p.channels, kLanes);
   float* ring = scratch.take<float>(plain ? 0 : p.kernel[0] * p.width * stride + kPadding);
   const float** rows = scratch.take<const float*>(p.kernel[0]);
+  float* signs = scratch.take<float>(padded(p.channels));
+  for (int64_t c = 0; c < padded(p.channels); ++c) signs[c] = p.signs && c < p.channels ? sign_of(p.signs[c]) : 1.0f;
   for (int64_t item = begin; item < end; ++item) {
     int64_t image, from, to;
     pool_rows(p, item, p.out_height, &image, &from, &to);
@@ -89,9 +97,9 @@ inline void train_pool_run(const void* params, int64_t begin, int64_t end, char*
         const int64_t pixel = (image * p.out_height + oy) * p.out_width + ox, x = ox * p.stride[1] - p.padding[1];
         w.column = larger(0, -x), w.column_end = smaller(p.kernel[1], p.width - x);
         if (p.average)
-          pool_pixel<true>(p, rows, stride, x, w, p.y + pixel * p.y_stride, nullptr);
+          pool_pixel<true>(p, rows, stride, x, w, signs, p.y + pixel * p.y_stride, nullptr);
         else
-          pool_pixel<false>(p, rows, stride, x, w, p.y + pixel * p.y_stride, p.places + pixel * padded(p.channels));
+          pool_pixel<false>(p, rows, stride, x, w, signs, p.y + pixel * p.y_stride, p.places + pixel * padded(p.channels));
       }
     }
   }
@@ -106,7 +114,7 @@ inline void train_pool_prepare(void* params, TrainWork* work) {
   TrainPool& p = *static_cast<TrainPool*>(params);
   cut_pool(p, p.out_height);
   const int64_t ring = p.x.norm.mean ? p.kernel[0] * p.width * round_up(p.channels, kLanes) + kPadding : 0;
-  *work = {p.items, room<float>(ring) + room<float*>(p.kernel[0])};
+  *work = {p.items, room<float>(ring) + room<float*>(p.kernel[0]) + room<float>(padded(p.channels))};
 }
 
 // Adds the shares of output row `oy` in a row of the input's gradient, which lies `ky` rows into its windows.
@@ -131,6 +139,20 @@ inline void add_pool_grad_row(const TrainPool& p, int64_t image, int64_t oy, int
   }
 }
 
+// Row `y` of the input's gradient, but for what it is added to.
+inline void add_pool_grad(const TrainPool& p, int64_t image, int64_t y, float* row, int64_t stride) {
+  // The output rows whose windows reach this one.
+  const int64_t first = larger(0, divide_up(larger(0, y + p.padding[0] - p.kernel[0] + 1), p.stride[0]));
+  const int64_t last = smaller(p.out_height - 1, (y + p.padding[0]) / p.stride[0]);
+  for (int64_t oy = first; oy <= last; ++oy) {
+    const int64_t ky = y + p.padding[0] - oy * p.stride[0];
+    if (p.average)
+      add_pool_grad_row<true>(p, image, oy, ky, row, stride);
+    else
+      add_pool_grad_row<false>(p, image, oy, ky, row, stride);
+  }
+}
+
 inline void pool_grad_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
   const TrainPool& p = *static_cast<const TrainPool*>(params);
   Scratch scratch(memory);
@@ -150,16 +172,7 @@ inline void pool_grad_run(const void* params, int64_t begin, int64_t end, char* 
           });
       else
         __builtin_memset(row, 0, p.width * stride * sizeof(float));
-      // The output rows whose windows reach this one.
-      const int64_t first = larger(0, divide_up(larger(0, y + p.padding[0] - p.kernel[0] + 1), p.stride[0]));
-      const int64_t last = smaller(p.out_height - 1, (y + p.padding[0]) / p.stride[0]);
-      for (int64_t oy = first; oy <= last; ++oy) {
-        const int64_t ky = y + p.padding[0] - oy * p.stride[0];
-        if (p.average)
-          add_pool_grad_row<true>(p, image, oy, ky, row, stride);
-        else
-          add_pool_grad_row<false>(p, image, oy, ky, row, stride);
-      }
+      add_pool_grad(p, image, y, row, stride);
       finish(p.finish, row, stride, p.dx + pixel * p.dx_stride, p.dx_stride, pixel, p.width, 0, p.channels, sums);
     }
     if (p.finish.partials) sums.write(p.channels, p.finish.partials + item * 2 * padded(p.channels));
