@@ -18,6 +18,7 @@ from fastblocks import (
     ConvBNAct,
     DepthwiseSeparableConv,
     InvertedResidual,
+    MaxPool2d,
     PointwiseConvBNAct,
     Sequential,
     ShuffleUnit,
@@ -32,6 +33,7 @@ LAYERS: dict[str, Callable[[], Any]] = {
     "unit, stride": lambda: ShuffleUnit(8, 16, 2, 2),
     "unit v2": lambda: ShuffleUnitV2(8, 8, 1),
     "unit v2, stride": lambda: ShuffleUnitV2(8, 16, 2),
+    "pool amid": lambda: Sequential(ConvBNAct(8, 8, 3), MaxPool2d(3, 2, 1), PointwiseConvBNAct(8, 8)),
     "sums": lambda: Sequential(*(ShuffleUnit(8, 8, 1, 2) for _ in range(3))),
     "row": lambda: Sequential(DepthwiseSeparableConv(8, 8), InvertedResidual(8, 8), InvertedResidual(8, 12, 2)),
 }
