@@ -1,4 +1,4 @@
-"""Builds the native kernels: one static library an instruction set level, and the extension that links them.
+"""Builds the native kernels: static libraries, two an instruction set level, and the extension that links them.
 
 Where no compiler is found, or it fails, the install still succeeds without them: fastblocks then computes with kernels
 that Numba compiles when they are first used.
@@ -39,35 +39,36 @@ if X86:
 
 MACROS = [(name, "1") for name, on in (("FASTBLOCKS_X86", X86), ("FASTBLOCKS_EMULATE_V4", EMULATE_V4)) if on]
 SOURCES = sorted(str(path) for folder in ("csrc", "csrc/ops", "csrc/train") for path in Path(folder).glob("*.cpp"))
-SOURCES.remove("csrc/bindings.cpp")
+MODULE = "csrc/bindings.cpp"
+SOURCES.remove(MODULE)
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
 
-def kernel_library(level: str, flags: list[str]) -> tuple[str, dict]:
-    sources = [f"csrc/isa/{level}.cpp", f"csrc/isa/{level}_train.cpp"]
+def library(name: str, sources: list[str], flags: list[str], include_dirs: tuple[str, ...] = ()) -> tuple[str, dict]:
     return (
-        f"fastblocks_{level}",
+        f"fastblocks_{name}",
         {
             "sources": sources,
             "obj_deps": {"": ["setup.py", *HEADERS], **{source: [source] for source in sources}},
-            "cflags": [*KERNEL_FLAGS, *flags],
-        },
-    )
-
-
-def core_library() -> tuple[str, dict]:
-    """All but the module itself: a library builds beside the others."""
-    include = sysconfig.get_paths()["include"]
-    return (
-        "fastblocks_core",
-        {
-            "sources": SOURCES,
-            "obj_deps": {"": ["setup.py", *HEADERS], **{source: [source] for source in SOURCES}},
-            "cflags": [*FLAGS, "-g0"],
-            "include_dirs": [include],
+            "cflags": flags,
+            "include_dirs": list(include_dirs),
             "macros": MACROS,
         },
     )
+
+
+def libraries(pybind11_include: str) -> list[tuple[str, dict]]:
+    """In the order in which the linker needs them: each calls those behind it."""
+    python = sysconfig.get_paths()["include"]
+    # the module only hands on: nothing of it is worth optimising long
+    module = library("module", [MODULE], [*FLAGS, "-O1", "-g0"], ("csrc", pybind11_include, python))
+    core = library("core", SOURCES, [*FLAGS, "-g0"], (python,))
+    kernels = [
+        library(part, [f"csrc/isa/{part}.cpp"], [*KERNEL_FLAGS, *flags])
+        for level, flags in LEVELS.items()
+        for part in (level, f"{level}_train")
+    ]
+    return [module, core, *kernels]
 
 
 def failed(error: BaseException) -> None:
@@ -83,13 +84,15 @@ def failed(error: BaseException) -> None:
 
 
 class BuildLibraries(build_clib):
-    """Builds the levels side by side; a failure leaves a pure Python install."""
+    """Builds as many libraries at once as there are CPUs; a failure leaves a pure Python install."""
+
+    LONGEST = ("core", "x86_64_v4", "x86_64_v3", "baseline")  # to compile; what begins last should be short
 
     def build_libraries(self, libraries) -> None:
+        rank = {f"fastblocks_{name}": place for place, name in enumerate(self.LONGEST)}
         try:
-            with ThreadPoolExecutor() as pool:
-                # the widest level takes longest, so it begins
-                longest_first = sorted(libraries, key=lambda library: -len(library[1]["cflags"]))
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                longest_first = sorted(libraries, key=lambda library: rank.get(library[0], len(rank)))
                 list(pool.map(lambda library: super(BuildLibraries, self).build_libraries([library]), longest_first))
         except Exception as error:
             failed(error)
@@ -123,19 +126,17 @@ def native_parts() -> dict:
         return {}
     import pybind11
 
+    parts = libraries(pybind11.get_include())
     extension = Extension(
         "fastblocks._C",
-        sources=["csrc/bindings.cpp"],
-        include_dirs=["csrc", pybind11.get_include()],
-        define_macros=MACROS,
-        # the module only hands on: nothing of it is worth optimising long
-        extra_compile_args=[*FLAGS, "-O1", "-g0"],
-        depends=["setup.py", *HEADERS, *SOURCES, *(f"csrc/isa/{level}.cpp" for level in LEVELS)],
+        sources=[],  # the module is a library too, built beside the others; the linker takes it by its entry
+        extra_link_args=["-Wl,-u,PyInit__C"],
+        depends=["setup.py", *HEADERS, *(source for _, part in parts for source in part["sources"])],
         language="c++",
     )
     return {
         "ext_modules": [extension],
-        "libraries": [core_library(), *(kernel_library(level, flags) for level, flags in LEVELS.items())],
+        "libraries": parts,
         "cmdclass": {"build_clib": BuildLibraries, "build_ext": BuildExtension},
     }
 

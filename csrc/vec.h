@@ -131,6 +131,18 @@ FASTBLOCKS_INLINE void store_partial(float* p, int n, Vec v) {
 #endif
 }
 
+// The same for 0 < n <= kLanes: a mask needs no question, other ways do.
+FASTBLOCKS_INLINE Vec load_up_to(const float* p, int n) {
+  return FASTBLOCKS_VECTOR_NATIVE == 512 || n < kLanes ? load_partial(p, n) : load(p);
+}
+
+FASTBLOCKS_INLINE void store_up_to(float* p, int n, Vec v) {
+  if (FASTBLOCKS_VECTOR_NATIVE == 512 || n < kLanes)
+    store_partial(p, n, v);
+  else
+    store(p, v);
+}
+
 // Halves of vectors: half a vector in both halves; the lower half of one and the upper half of another; and where they go.
 constexpr int kHalf = kLanes / 2;
 typedef int32_t IntVec __attribute__((vector_size(FASTBLOCKS_VECTOR_BYTES)));

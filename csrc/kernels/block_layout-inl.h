@@ -67,7 +67,7 @@ FASTBLOCKS_INLINE int64_t gathered_stride(const BlockParams& p) {
 
 struct BlockScratch {
   const float** input_rows;  // kernel rows of one output row
-  int64_t* ring_offsets;     // of the pixels of an expansion
+  int64_t* ring_steps;       // from one pixel of an expansion to the next
   float *ring, *hidden, *gathered, *result;
   ConvScratch stem;  // where there is one
 };
@@ -75,8 +75,8 @@ struct BlockScratch {
 FASTBLOCKS_INLINE BlockScratch block_scratch(const BlockParams& p, char* memory, size_t* bytes) {
   BlockScratch s;
   s.input_rows = reinterpret_cast<const float**>(memory);
-  s.ring_offsets = reinterpret_cast<int64_t*>(memory) + round_up(p.kernel, 8);
-  float* next = reinterpret_cast<float*>(s.ring_offsets + round_up(ring_rows(p) * p.width, 8));
+  s.ring_steps = reinterpret_cast<int64_t*>(memory) + round_up(p.kernel, 8);
+  float* next = reinterpret_cast<float*>(s.ring_steps + round_up(ring_rows(p) * p.width, 8));
   const int64_t row_pixels = p.width + 2 * p.padding;
   const int64_t lanes = by_slices(p) ? kMaxPanelVectors * kLanes : Hidden(p).padded();
   const int64_t chunk_pixels = by_slices(p) ? p.pixel_block : p.chunk_rows * p.out_width;

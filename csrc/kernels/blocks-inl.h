@@ -66,17 +66,17 @@ inline void block_expand(const BlockParams& p, const BlockShared& shared, const 
   const bool narrow = p.width < 8 * max_tile_pixels(kPanelVectors);
   panel %= hidden.panels.count;
   ring -= hidden.panels.first_channel(panel);
-  int64_t* offset = s.ring_offsets;
+  int64_t* step = s.ring_steps;
   for (int64_t iy = iy_begin; iy < iy_end; ++iy) {
-    const int64_t row = (iy % rows * row_pixels + p.padding) * lanes;
     if (narrow) {
-      for (int64_t x = 0; x < p.width; ++x) *offset++ = row + x * lanes;
+      for (int64_t x = 1; x < p.width; ++x) *step++ = lanes;
+      *step++ = ((iy + 1) % rows - iy % rows) * row_pixels * lanes - (p.width - 1) * lanes;
       if (iy + 1 < iy_end) continue;
     }
     const int64_t from = narrow ? iy_begin : iy;
     const float* x = p.x.data + image * p.x.image_stride + from * p.x.row_stride + group * product.depth;
     const Pixels left = {x, product.depth, p.x.pixel_stride, 1, nullptr};
-    const Destination to = {narrow ? ring : ring + row, lanes, narrow ? s.ring_offsets : nullptr};
+    const Destination to = {ring + (from % rows * row_pixels + p.padding) * lanes, lanes, narrow ? s.ring_steps : nullptr};
     gemm(left, (iy + 1 - from) * p.width, product.channels, panel, panel + 1, e, to, {}, next);
   }
 }

@@ -141,8 +141,8 @@ inline void depthwise_row_strips(const DepthwiseRow& r) {
   begin = smaller(begin, r.out_width);
   end = larger(begin, smaller(end, r.out_width));
   for (int64_t x = 0; x < begin; ++x) depthwise_pixel(r, x);
-  if (r.row_begin == 0 && r.row_end == K)
-    depthwise_interior<K, S, PX, true>(r, begin, end);
+  if (K == 3 && r.row_begin == 0 && r.row_end == K)  // more rows are not unrolled
+    depthwise_interior<K, S, PX, K == 3>(r, begin, end);
   else
     depthwise_interior<K, S, PX, false>(r, begin, end);
   for (int64_t x = end; x < r.out_width; ++x) depthwise_pixel(r, x);

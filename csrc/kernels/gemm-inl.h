@@ -93,11 +93,14 @@ constexpr int64_t kFarDepth = 16;
 
 inline void gemm_panel(TileRun t, int64_t pixels, int vectors, const Range& soon) {
   const bool plain = t.valid == vectors * kLanes && !(t.a.run_offsets && (t.scale || t.residual));
-  const Finish finish = !plain            ? Finish::kAny
-                        : t.a.run_offsets ? Finish::kFoldedRuns
-                        : !t.scale        ? Finish::kFolded  // a residual is where its sums begin
-                        : t.residual      ? Finish::kResidual
-                                          : Finish::kScaled;
+  const Finish finish = t.a.run_offsets ? Finish::kFoldedRuns
+                        : !t.scale      ? Finish::kFolded  // a residual is where its sums begin
+                        : t.residual    ? Finish::kResidual
+                                        : Finish::kScaled;
+  const auto run = [&](int64_t size, int64_t count) {
+    const TileFunctions& f = tile_functions(size, vectors);
+    (plain ? f.by_finish[(int)finish] : f.any)(t, count);
+  };
   const bool halves = halves_pay(t, pixels, vectors), split = halves && split_vectors(), pairs = halves && !split;
   // 5 x 2 accumulators lose less between tiles than 6 x 2, which only a long sum repays.
   const int most = split   ? most_split(vectors - 1)
@@ -108,16 +111,16 @@ inline void gemm_panel(TileRun t, int64_t pixels, int vectors, const Range& soon
   if (soon.data) t.ahead = {soon.data, a_tile(soon.floats)};
   if (split) {
     const int64_t rest = pixels - split_panel(t, pixels, vectors);
-    if (rest) tile_functions(rest, vectors).by_finish[(int)finish](t, 1);
+    if (rest) run(rest, 1);
     return;
   }
   if (pairs) {
     pair_panel(t, pixels / 2, vectors);
-    if (pixels % 2) tile_functions(1, vectors).by_finish[(int)finish](t, 1);
+    if (pixels % 2) run(1, 1);
     return;
   }
-  if (extra) tile_functions(base + 1, vectors).by_finish[(int)finish](t, extra);
-  tile_functions(base, vectors).by_finish[(int)finish](t, tiles - extra);
+  if (extra) run(base + 1, extra);
+  run(base, tiles - extra);
 }
 
 // Panels [panel_begin, panel_end) of the product; the epilogue's pointers and `to` are those of channel 0. What is needed soon
@@ -137,7 +140,7 @@ inline void gemm(const Pixels& a, int64_t pixels, int64_t out_channels, int64_t 
                  e.product.shift + channel,
                  e.residual ? e.residual + channel : nullptr,
                  e.residual_stride,
-                 {to.data + channel, to.pixel_stride, to.offsets, !e.pad_channels && a.depth() >= kFarDepth},
+                 {to.data + channel, to.pixel_stride, to.steps, !e.pad_channels && a.depth() >= kFarDepth},
                  e.clamp,
                  e.pad_channels ? width * kLanes : panels.valid(panel),
                  panels.valid(panel),

@@ -13,8 +13,7 @@ FASTBLOCKS_INLINE constexpr int most_pairs(int whole) { return whole == 1 ? 8 : 
 // Whether the last half of a panel is to be computed as one, rather than as a vector.
 FASTBLOCKS_INLINE bool halves_pay(const TileRun& t, int64_t pixels, int vectors) {
   const int rest = t.used - (vectors - 1) * kLanes;
-  return kRegisters == 32 && vectors >= 2 && rest > 0 && rest <= kHalf && pixels >= 2 * most_pairs(vectors - 1) &&
-         !(t.a.run_offsets && (t.scale || t.residual)) && !(t.to.offsets && t.valid == t.used);
+  return kRegisters == 32 && vectors >= 2 && rest > 0 && rest <= kHalf && pixels >= 2 * most_pairs(vectors - 1);
 }
 
 // The sums of a pair of pixels: those of the whole vectors of channels for each, and the rest for both.
@@ -77,132 +76,100 @@ FASTBLOCKS_INLINE void add_residual(PairSums<W>& sum, const TileRun& t, const fl
   residual = then + t.residual_stride, hide(residual);
 }
 
-// `next`: the address of the first pixel's output, and of one after the other at each call. kPadded: whole vectors are stored,
-// and padding lanes take any number.
-template <int P, int W, bool kScaled, bool kAdded, bool kPadded, class Next>
-FASTBLOCKS_INLINE void pair_store(const PairSums<W> (&sum)[P], const TileRun& t, const float* residual, Next next) {
-  constexpr int kWhole = W * kLanes;
-  const int rest = t.used - kWhole;
-  const float *scale = t.scale, *shift = t.shift;
-  const Clamp* clamp = &t.clamp;
-  hide(scale), hide(shift), hide(clamp);
-  const Vec low = broadcast(clamp->low), high = broadcast(clamp->high);
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) {
-    PairSums<W> y = sum[p];
-    if (kScaled) {
-#pragma GCC unroll 2
-      for (int v = 0; v < W; ++v) {
-        y.first[v] = y.first[v] * load(scale + v * kLanes) + load(shift + v * kLanes);
-        y.second[v] = y.second[v] * load(scale + v * kLanes) + load(shift + v * kLanes);
-      }
-      y.rest = y.rest * load_half_twice(scale + kWhole) + load_half_twice(shift + kWhole);
-    }
-    if (kScaled && kAdded) add_residual(y, t, residual);
-    float* const one = next();
-    float* const two = next();
-#pragma GCC unroll 2
-    for (int v = 0; v < W; ++v) {
-      store(one + v * kLanes, at_most(high, at_least(low, y.first[v])));
-      store(two + v * kLanes, at_most(high, at_least(low, y.second[v])));
-    }
-    y.rest = at_most(high, at_least(low, y.rest));
-    if (kPadded) {
-      store(one + kWhole, y.rest);
-      store(two + kWhole, swap_halves(y.rest));
-    } else {
-      store_half(one + kWhole, rest, y.rest, false);
-      store_half(two + kWhole, rest, y.rest, true);
-    }
-  }
-}
+// What sums begin at that a scale is still to be multiplied with.
+alignas(64) static constexpr float kNothing[kMaxPanelVectors * kLanes] = {};
 
-template <int P, int W, bool kScaled, bool kAdded, bool kRuns>
+// Whether there is a scale or a residual is asked once a tile: a variant of the code for each took half of the compiler's time.
+template <int P, int W>
 inline void pair_run(TileRun& state, int64_t tiles) {
   const TileRun t = state;  // a copy that no store through a pointer can change: its members stay in registers
-  const int64_t a_stride = t.a.pixel_stride;
+  const int64_t a_stride = t.a.pixel_stride, straight = 0;
+  const int64_t* const runs = t.a.run_offsets ? t.a.run_offsets : &straight;
   constexpr int kWhole = W * kLanes;
+  const int rest = t.used - kWhole;
+  const bool padded = t.valid > t.used;
   const float *a = t.a.data, *residual = t.residual;
-  float* out = t.to.data;
-  const int64_t* offsets = t.to.offsets;
-  const auto straight = [&]() __attribute__((always_inline)) {
-    float* const here = out;
-    out += t.to.pixel_stride, hide(out);
-    return here;
-  };
-  const auto anywhere = [&]() __attribute__((always_inline)) { return offsets ? out + *offsets++ : straight(); };
+  Walk walk(t.to);
   Fetching fetching(t.ahead, t.a.run_count * (t.a.run_length / 4), t.w);
   for (; tiles > 0; --tiles) {
     fetching.begin_tile();
-    if (t.to.far) fetch_for_writing<2 * P, W + 1>(out, t.to.pixel_stride);
+    if (t.to.far) fetch_for_writing<2 * P, W + 1>(walk.out, t.to.pixel_stride);
     PairSums<W> sum[P];
-    const Vec half = kScaled ? Vec{} : load_half_twice(t.shift + kWhole);
+    const float* const start = t.scale ? kNothing : t.shift;
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 2
-    for (int v = 0; v < W; ++v) {
-      const Vec start = kScaled ? Vec{} : load(t.shift + v * kLanes);
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) sum[p].first[v] = sum[p].second[v] = start;
+      for (int v = 0; v < W; ++v) sum[p].first[v] = sum[p].second[v] = load(start + v * kLanes);
+      sum[p].rest = load_half_twice(start + kWhole);
     }
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) sum[p].rest = half;
-    if (!kScaled && kAdded) {  // as in a tile, so that a pixel's bits do not depend on which of them it falls into
+    if (!t.scale && residual) {  // as in a tile, so that a pixel's bits do not depend on which of them it falls into
       const float* at = residual;
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) add_residual(sum[p], t, at);
     }
-    if (kRuns) {
-      const float* w = t.w;
-      for (int64_t run = 0; run < t.a.run_count; ++run)
-        w = pair_sum<P, W>(sum, a + t.a.run_offsets[run], a_stride, w, t.a.run_length, fetching);
-    } else {
-      pair_sum<P, W>(sum, a, a_stride, t.w, t.a.run_length, fetching);
-    }
+    const float* w = t.w;
+    for (int64_t run = 0; run < t.a.run_count; ++run)
+      w = pair_sum<P, W>(sum, a + runs[run], a_stride, w, t.a.run_length, fetching);
     a += 2 * P * a_stride;
-    if (t.valid > t.used)
-      pair_store<P, W, kScaled, kAdded, true>(sum, t, residual, anywhere);
-    else
-      pair_store<P, W, kScaled, kAdded, false>(sum, t, residual, straight);
-    if (kAdded) residual += 2 * P * t.residual_stride;
+    if (t.scale) {
+      const float *scale = t.scale, *shift = t.shift;
+      hide(scale), hide(shift);
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 2
+        for (int v = 0; v < W; ++v) {
+          sum[p].first[v] = sum[p].first[v] * load(scale + v * kLanes) + load(shift + v * kLanes);
+          sum[p].second[v] = sum[p].second[v] * load(scale + v * kLanes) + load(shift + v * kLanes);
+        }
+        sum[p].rest = sum[p].rest * load_half_twice(scale + kWhole) + load_half_twice(shift + kWhole);
+      }
+      if (residual) {
+        const float* at = residual;
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) add_residual(sum[p], t, at);
+      }
+    }
+    const Clamp* clamp = &t.clamp;
+    hide(clamp);
+    const Vec low = broadcast(clamp->low), high = broadcast(clamp->high);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      float* const one = walk.next();
+      float* const two = walk.next();
+#pragma GCC unroll 2
+      for (int v = 0; v < W; ++v) {
+        store(one + v * kLanes, at_most(high, at_least(low, sum[p].first[v])));
+        store(two + v * kLanes, at_most(high, at_least(low, sum[p].second[v])));
+      }
+      const Vec last = at_most(high, at_least(low, sum[p].rest));
+      if (padded) {  // whole vectors are stored: padding lanes take any number
+        store(one + kWhole, last);
+        store(two + kWhole, swap_halves(last));
+      } else {
+        store_half(one + kWhole, rest, last, false);
+        store_half(two + kWhole, rest, last, true);
+      }
+    }
+    if (residual) residual += 2 * P * t.residual_stride;
   }
   state.a.data = a, state.residual = residual, state.ahead = fetching.ahead;
-  state.to.data = out, state.to.offsets = offsets;
+  walk.leave(&state.to);
 }
-
-// The variants of one size.
-typedef void (*PairFunction)(TileRun&, int64_t);
-struct PairFunctions {
-  PairFunction scaled, scaled_residual, folded, folded_residual, folded_runs;
-};
-
-FASTBLOCKS_INLINE PairFunction function_for(const PairFunctions& f, const TileRun& t) {
-  return t.scale           ? t.residual ? f.scaled_residual : f.scaled
-         : t.a.run_offsets ? f.folded_runs
-         : t.residual      ? f.folded_residual
-                           : f.folded;
-}
-
-#define FASTBLOCKS_PAIRS(W, P)                                                                                 \
-  {pair_run<P, W, true, false, false>, pair_run<P, W, true, true, false>, pair_run<P, W, false, false, false>, \
-   pair_run<P, W, false, true, false>, pair_run<P, W, false, false, true>}
 
 // An even number of pixels; the last of an odd number is a tile of its own.
 inline void pair_panel(TileRun& t, int64_t pairs, int vectors) {
 #if FASTBLOCKS_VECTOR_BYTES == 64
   // An even split of as many pairs as pay never makes tiles of fewer than half of the most.
-  static constexpr PairFunctions kOne[] = {FASTBLOCKS_PAIRS(1, 4), FASTBLOCKS_PAIRS(1, 5), FASTBLOCKS_PAIRS(1, 6),
-                                           FASTBLOCKS_PAIRS(1, 7), FASTBLOCKS_PAIRS(1, 8)};
-  static constexpr PairFunctions kTwo[] = {FASTBLOCKS_PAIRS(2, 3), FASTBLOCKS_PAIRS(2, 4), FASTBLOCKS_PAIRS(2, 5)};
+  static constexpr TileFunction kOne[] = {pair_run<4, 1>, pair_run<5, 1>, pair_run<6, 1>, pair_run<7, 1>, pair_run<8, 1>};
+  static constexpr TileFunction kTwo[] = {pair_run<3, 2>, pair_run<4, 2>, pair_run<5, 2>};
   const int64_t tiles = divide_up(pairs, most_pairs(vectors - 1)), base = pairs / tiles, extra = pairs % tiles;
-  const auto run = [&](int64_t size, int64_t count) {
-    function_for(vectors == 2 ? kOne[size - 4] : kTwo[size - 3], t)(t, count);
-  };
+  const auto run = [&](int64_t size, int64_t count) { (vectors == 2 ? kOne[size - 4] : kTwo[size - 3])(t, count); };
   if (extra) run(base + 1, extra);
   run(base, tiles - extra);
 #else
   (void)t, (void)pairs, (void)vectors;
 #endif
 }
-#undef FASTBLOCKS_PAIRS
 
 }  // namespace FASTBLOCKS_LEVEL
 }  // namespace fastblocks

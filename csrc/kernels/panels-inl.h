@@ -56,13 +56,33 @@ struct Pixels {
   int64_t depth() const { return run_length * run_count; }
 };
 
-// Where the product goes: pixel m stands at data + m * pixel_stride, or at data + offsets[m]. `far`: its lines are not in the
-// caches, and are fetched while the sums are made.
+// Where the product goes: its first pixel to data, and from pixel m to the next are pixel_stride or steps[m] floats. `far`: its
+// lines are not in the caches, and are fetched while the sums are made.
 struct Destination {
   float* data;
   int64_t pixel_stride;
-  const int64_t* offsets;  // null: in a straight line
+  const int64_t* steps;  // null: in a straight line
   bool far = false;
+};
+
+// Walks over a destination, and asks nothing on the way: a straight line is one step again and again.
+struct Walk {
+  float* out;
+  const int64_t* step;
+  int64_t ahead;  // to the next step
+
+  explicit FASTBLOCKS_INLINE Walk(const Destination& to)
+      : out(to.data), step(to.steps ? to.steps : &to.pixel_stride), ahead(to.steps ? 1 : 0) {}
+  FASTBLOCKS_INLINE float* next() {
+    float* const here = out;
+    out += *step, hide(out);
+    step += ahead;
+    return here;
+  }
+  FASTBLOCKS_INLINE void leave(Destination* to) const {
+    to->data = out;
+    if (ahead) to->steps = step;
+  }
 };
 
 // Memory that is needed soon, and its part `index` of `count` equal ones.

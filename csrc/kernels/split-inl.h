@@ -89,52 +89,48 @@ FASTBLOCKS_INLINE void add_split(HalfVec (&sum)[M][H], const TileRun& t, const f
 }
 
 // As pair_run, for M pixels of W vectors and a half. Where whole vectors are to be stored, padding lanes take any number.
-template <int M, int W, bool kScaled, bool kAdded, bool kRuns>
+template <int M, int W>
 inline void split_run(TileRun& state, int64_t tiles) {
   constexpr int H = 2 * W + 1;
   const TileRun t = state;  // a copy that no store through a pointer can change: its members stay in registers
-  const int64_t a_stride = t.a.pixel_stride;
+  const int64_t a_stride = t.a.pixel_stride, straight = 0;
+  const int64_t* const runs = t.a.run_offsets ? t.a.run_offsets : &straight;
   const int rest = t.used - (H - 1) * kHalf;
   const bool padded = t.valid > t.used;
   const float *a = t.a.data, *residual = t.residual;
-  float* out = t.to.data;
-  const int64_t* offsets = t.to.offsets;
+  Walk walk(t.to);
   Fetching fetching(t.ahead, t.a.run_count * (t.a.run_length / 4), t.w);
   for (; tiles > 0; --tiles) {
     fetching.begin_tile();
-    if (t.to.far) fetch_for_writing<M, W + 1>(out, t.to.pixel_stride);
+    if (t.to.far) fetch_for_writing<M, W + 1>(walk.out, t.to.pixel_stride);
     HalfVec sum[M][H];
+    const float* const begin = t.scale ? kNothing : t.shift;
 #pragma GCC unroll 8
     for (int h = 0; h < H; ++h) {
-      const HalfVec start = kScaled ? HalfVec{} : load_split(t.shift + h * kHalf);
+      const HalfVec start = load_split(begin + h * kHalf);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) sum[m][h] = start;
     }
-    if (!kScaled && kAdded)
+    if (!t.scale && residual)
       add_split(sum, t, residual);  // where a tile adds it: a pixel's bits do not depend on which it falls into
-    if (kRuns) {
-      const float* w = t.w;
-      for (int64_t run = 0; run < t.a.run_count; ++run)
-        w = split_sum(sum, a + t.a.run_offsets[run], a_stride, w, t.a.run_length, fetching);
-    } else {
-      split_sum(sum, a, a_stride, t.w, t.a.run_length, fetching);
-    }
+    const float* w = t.w;
+    for (int64_t run = 0; run < t.a.run_count; ++run) w = split_sum(sum, a + runs[run], a_stride, w, t.a.run_length, fetching);
     const float *scale = t.scale, *shift = t.shift;
     const Clamp* clamp = &t.clamp;
     hide(scale), hide(shift), hide(clamp);
-    if (kScaled) {
+    if (t.scale) {
 #pragma GCC unroll 8
       for (int h = 0; h < H; ++h) {
         const HalfVec by = load_split(scale + h * kHalf), plus = load_split(shift + h * kHalf);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) sum[m][h] = sum[m][h] * by + plus;
       }
-      if (kAdded) add_split(sum, t, residual);
+      if (residual) add_split(sum, t, residual);
     }
     const HalfVec low = clamp->low - HalfVec{}, high = clamp->high - HalfVec{};
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      float* const here = offsets ? out + *offsets++ : out;
+      float* const here = walk.next();
 #pragma GCC unroll 8
       for (int h = 0; h + 1 < H; ++h) store_split(here + h * kHalf, clamp_split(sum[m][h], low, high));
       const HalfVec last = clamp_split(sum[m][H - 1], low, high);
@@ -142,35 +138,27 @@ inline void split_run(TileRun& state, int64_t tiles) {
         store_split(here + (H - 1) * kHalf, last), store_split(here + H * kHalf, last);
       else
         store_split(here + (H - 1) * kHalf, rest, last);
-      if (!offsets) out += t.to.pixel_stride, hide(out);
     }
     a += M * a_stride;
-    if (kAdded) residual += M * t.residual_stride;
+    if (residual) residual += M * t.residual_stride;
   }
   state.a.data = a, state.residual = residual, state.ahead = fetching.ahead;
-  state.to.data = out, state.to.offsets = offsets;
+  walk.leave(&state.to);
 }
-
-#define FASTBLOCKS_SPLIT(W, M)                                                                                    \
-  {split_run<M, W, true, false, false>, split_run<M, W, true, true, false>, split_run<M, W, false, false, false>, \
-   split_run<M, W, false, true, false>, split_run<M, W, false, false, true>}
 
 // As many pixels of a panel as its tiles take, which is all but a few; returns how many.
 inline int64_t split_panel(TileRun& t, int64_t pixels, int vectors) {
-  static constexpr PairFunctions kOne[] = {FASTBLOCKS_SPLIT(1, 8), FASTBLOCKS_SPLIT(1, 4)};
-  static constexpr PairFunctions kTwo = FASTBLOCKS_SPLIT(2, 5);
-  const auto run = [&](const PairFunctions& f, int64_t tiles) {
-    if (tiles) function_for(f, t)(t, tiles);
+  const auto run = [&](TileFunction function, int64_t tiles) {
+    if (tiles) function(t, tiles);
   };
   if (vectors == 3) {
-    run(kTwo, pixels / 5);
+    run(split_run<5, 2>, pixels / 5);
     return pixels / 5 * 5;
   }
-  run(kOne[0], pixels / 8);
-  run(kOne[1], pixels % 8 / 4);
+  run(split_run<8, 1>, pixels / 8);
+  run(split_run<4, 1>, pixels % 8 / 4);
   return pixels / 4 * 4;
 }
-#undef FASTBLOCKS_SPLIT
 #else
 inline int64_t split_panel(TileRun&, int64_t, int) { return 0; }
 #endif

@@ -94,10 +94,10 @@ struct TileRun {
   Ahead ahead;
 };
 
-// What tells the variants of a tile apart: the plain cases, and one that asks at run time. Between two tiles of a plain variant
-// stand a dozen instructions; asking makes them a hundred, a quarter of the time of a 16-deep sum.
-enum class Finish { kFolded, kFoldedRuns, kScaled, kResidual, kAny };
-constexpr int kFinishes = 5;
+// What tells the plain variants of a tile apart. Between two tiles of them stand a dozen instructions; asking makes them a
+// hundred, a quarter of the time of a 16-deep sum.
+enum class Finish { kFolded, kFoldedRuns, kScaled, kResidual };
+constexpr int kFinishes = 4;
 
 // One step of the depth for M pixels. One pointer serves three pixels through [base + stride] and [base + 2 * stride]: pointers
 // to 14 pixels would not fit the integer registers.
@@ -142,114 +142,176 @@ FASTBLOCKS_INLINE const float* tile_sum(Vec (&sum)[M][V], const float* first, in
   return w;
 }
 
-// `next`: the address of the first pixel's output, and of one after the other at each call.
-template <int M, int V, Finish kFinish, class Next>
-FASTBLOCKS_INLINE void tile_store(const Vec (&sum)[M][V], const TileRun& t, const float* residual, Next next) {
+template <int M, int V, Finish kFinish>
+FASTBLOCKS_INLINE void tile_store(const Vec (&sum)[M][V], const TileRun& t, const float* residual, Walk& walk) {
   const Clamp* clamp = &t.clamp;
   hide(clamp);
   const Vec low = broadcast(clamp->low), high = broadcast(clamp->high);
-  constexpr bool kAny = kFinish == Finish::kAny;
-  const bool scaled = kAny ? t.scale != nullptr : kFinish >= Finish::kScaled;
-  const bool added = kAny ? scaled && residual : kFinish == Finish::kResidual;
+  constexpr bool kAdded = kFinish == Finish::kResidual, kScaled = kAdded || kFinish == Finish::kScaled;
   const float *scale = t.scale, *shift = t.shift;
   hide(scale), hide(shift);
 #pragma GCC unroll 32
   for (int m = 0; m < M; ++m) {
-    float* const out = next();
+    float* const out = walk.next();
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
-      const int lanes = kAny ? (int)smaller(kLanes, t.valid - v * kLanes) : kLanes;
       Vec y = sum[m][v];
-      if (scaled) y = y * load(scale + v * kLanes) + load(shift + v * kLanes);
-      if (added) y += lanes == kLanes ? load(residual + v * kLanes) : load_partial(residual + v * kLanes, lanes);
-      y = at_most(high, at_least(low, y));
-      if (lanes == kLanes)
-        store(out + v * kLanes, y);
-      else
-        store_partial(out + v * kLanes, lanes, y);
+      if (kScaled) y = y * load(scale + v * kLanes) + load(shift + v * kLanes);
+      if (kAdded) y += load(residual + v * kLanes);
+      store(out + v * kLanes, at_most(high, at_least(low, y)));
     }
-    if (added) residual += t.residual_stride, hide(residual);
+    if (kAdded) residual += t.residual_stride, hide(residual);
   }
 }
 
 template <int M, int V, Finish kFinish>
 inline void tile_run(TileRun& state, int64_t tiles) {
   const TileRun t = state;  // a copy that no store through a pointer can change: its members stay in registers
-  constexpr bool kAny = kFinish == Finish::kAny;
-  const bool folded = kAny ? t.scale == nullptr : kFinish < Finish::kScaled;
+  constexpr bool kFolded = kFinish == Finish::kFolded || kFinish == Finish::kFoldedRuns;
   const int64_t a_stride = t.a.pixel_stride;
   const float* a = t.a.data;
   const float* residual = t.residual;
-  float* out = t.to.data;
-  const int64_t* offsets = t.to.offsets;
+  Walk walk(t.to);
   Fetching fetching(t.ahead, t.a.run_count * (t.a.run_length / 4), t.w);
   for (; tiles > 0; --tiles) {
     fetching.begin_tile();
-    if (t.to.far) fetch_for_writing<M, V>(out, t.to.pixel_stride);
+    if (t.to.far) fetch_for_writing<M, V>(walk.out, t.to.pixel_stride);
     Vec sum[M][V];
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
-      const Vec start = folded ? load(t.shift + v * kLanes) : Vec{};
+      const Vec start = kFolded ? load(t.shift + v * kLanes) : Vec{};
 #pragma GCC unroll 32
       for (int m = 0; m < M; ++m) sum[m][v] = start;
     }
-    if ((kAny ? folded : kFinish == Finish::kFolded) && residual) {
+    if (kFinish == Finish::kFolded && residual) {
       const float* at = residual;
 #pragma GCC unroll 32
       for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 3
-        for (int v = 0; v < V; ++v) {
-          const int lanes = kAny ? (int)smaller(kLanes, t.valid - v * kLanes) : kLanes;
-          sum[m][v] += lanes == kLanes ? load(at + v * kLanes) : load_partial(at + v * kLanes, lanes);
-        }
+        for (int v = 0; v < V; ++v) sum[m][v] += load(at + v * kLanes);
         at += t.residual_stride, hide(at);
       }
     }
-    if (kFinish == Finish::kFoldedRuns || (kAny && t.a.run_offsets)) {
+    if (kFinish == Finish::kFoldedRuns) {
       const float* w = t.w;
       for (int64_t run = 0; run < t.a.run_count; ++run)
         w = tile_sum<M, V>(sum, a + t.a.run_offsets[run], a_stride, w, t.a.run_length, fetching);
     } else {
       tile_sum<M, V>(sum, a, a_stride, t.w, t.a.run_length, fetching);
     }
-    if (offsets) {
-      tile_store<M, V, kFinish>(sum, t, residual, [&] { return out + *offsets++; });
-    } else {
-      tile_store<M, V, kFinish>(sum, t, residual, [&] {
-        float* const here = out;
-        out += t.to.pixel_stride, hide(out);
-        return here;
-      });
-    }
+    tile_store<M, V, kFinish>(sum, t, residual, walk);
     a += M * a_stride;
     if (residual) residual += M * t.residual_stride;
   }
   state.a.data = a, state.residual = residual, state.ahead = fetching.ahead;
-  state.to.data = out, state.to.offsets = offsets;
+  walk.leave(&state.to);
 }
 
-// The variants of one tile size, by Finish.
+// What a tile of any other kind begins with and ends in: `values` are its sums, pixel by pixel. Written once, not once a tile
+// size: asking what is to be done takes more code than the sums.
+template <int V>
+__attribute__((noinline)) void begin_with_residual(const TileRun& t, const float* residual, int pixels, float* values) {
+  const int lanes = t.valid - (V - 1) * kLanes;  // of the last vector
+  for (int m = 0; m < pixels; ++m, residual += t.residual_stride, values += V * kLanes) {
+    constexpr int kLast = (V - 1) * kLanes;
+#pragma GCC unroll 3
+    for (int n = 0; n < kLast; n += kLanes) store(values + n, load(t.shift + n) + load(residual + n));
+    store(values + kLast, load(t.shift + kLast) + load_up_to(residual + kLast, lanes));
+  }
+}
+
+template <int V>
+__attribute__((noinline)) void finish_any(const TileRun& t, const float* values, int pixels, const float* residual,
+                                          Walk& walk) {
+  constexpr int kLast = (V - 1) * kLanes;
+  const int lanes = t.valid - kLast;  // of the last vector
+  const Vec low = broadcast(t.clamp.low), high = broadcast(t.clamp.high);
+  Vec scale[V], shift[V];
+#pragma GCC unroll 3
+  for (int v = 0; v < V; ++v) {
+    scale[v] = t.scale ? load(t.scale + v * kLanes) : broadcast(1.0f);
+    shift[v] = t.scale ? load(t.shift + v * kLanes) : broadcast(-0.0f);  // what leaves every sum, and its sign, as it is
+  }
+  const bool added = t.scale && residual;
+  for (int m = 0; m < pixels; ++m, values += V * kLanes) {
+    float* const here = walk.next();
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+      Vec y = load(values + v * kLanes) * scale[v] + shift[v];
+      const float* at = residual + v * kLanes;
+      if (added) y += v + 1 < V ? load(at) : load_up_to(at, lanes);
+      y = at_most(high, at_least(low, y));
+      if (v + 1 < V)
+        store(here + v * kLanes, y);
+      else
+        store_up_to(here + v * kLanes, lanes, y);
+    }
+    if (added) residual += t.residual_stride;
+  }
+}
+
+// Any finish, any number of channels.
+template <int M, int V>
+inline void tile_any(TileRun& state, int64_t tiles) {
+  const TileRun t = state;
+  const int64_t a_stride = t.a.pixel_stride, straight = 0;
+  const int64_t* const runs = t.a.run_offsets ? t.a.run_offsets : &straight;
+  const float *a = t.a.data, *residual = t.residual;
+  Walk walk(t.to);
+  Fetching fetching(t.ahead, t.a.run_count * (t.a.run_length / 4), t.w);
+  alignas(64) float values[M * V * kLanes];
+  for (; tiles > 0; --tiles) {
+    fetching.begin_tile();
+    if (t.to.far) fetch_for_writing<M, V>(walk.out, t.to.pixel_stride);
+    Vec sum[M][V];
+    if (!t.scale && residual) {
+      begin_with_residual<V>(t, residual, M, values);
+#pragma GCC unroll 64
+      for (int i = 0; i < M * V; ++i) sum[i / V][i % V] = load(values + i * kLanes);
+    } else {
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) {
+        const Vec start = t.scale ? Vec{} : load(t.shift + v * kLanes);
+#pragma GCC unroll 32
+        for (int m = 0; m < M; ++m) sum[m][v] = start;
+      }
+    }
+    const float* w = t.w;
+    for (int64_t run = 0; run < t.a.run_count; ++run)
+      w = tile_sum<M, V>(sum, a + runs[run], a_stride, w, t.a.run_length, fetching);
+#pragma GCC unroll 64
+    for (int i = 0; i < M * V; ++i) store(values + i * kLanes, sum[i / V][i % V]);
+    finish_any<V>(t, values, M, residual, walk);
+    a += M * a_stride;
+    if (residual) residual += M * t.residual_stride;
+  }
+  state.a.data = a, state.residual = residual, state.ahead = fetching.ahead;
+  walk.leave(&state.to);
+}
+
+typedef void (*TileFunction)(TileRun&, int64_t);
+
+// The variants of one tile size.
 struct TileFunctions {
-  void (*by_finish[kFinishes])(TileRun&, int64_t);
+  TileFunction by_finish[kFinishes], any;
 };
+
+// Tiles of less than half the most pixels are few, a map's remainder or a batch of vectors: they ask.
+template <int M, int V, Finish kFinish>
+constexpr TileFunction plain() {
+  if constexpr (2 * M < max_tile_pixels(V))
+    return tile_any<M, V>;
+  else
+    return tile_run<M, V, kFinish>;
+}
 
 template <int V>
 struct Tiles;
 
-// Tiles of less than half the most pixels are few, a map's remainder or a batch of vectors: they ask.
-template <int M, int V>
-constexpr Finish plain(Finish finish) {
-  return 2 * M < max_tile_pixels(V) ? Finish::kAny : finish;
-}
-
 #define FASTBLOCKS_TILE(V, M)                                                                           \
-  {                                                                                                     \
-    {                                                                                                   \
-      tile_run<M, V, plain<M, V>(Finish::kFolded)>, tile_run<M, V, plain<M, V>(Finish::kFoldedRuns)>,   \
-          tile_run<M, V, plain<M, V>(Finish::kScaled)>, tile_run<M, V, plain<M, V>(Finish::kResidual)>, \
-          tile_run<M, V, Finish::kAny>                                                                  \
-    }                                                                                                   \
-  }
+  {{plain<M, V, Finish::kFolded>(), plain<M, V, Finish::kFoldedRuns>(), plain<M, V, Finish::kScaled>(), \
+    plain<M, V, Finish::kResidual>()},                                                                  \
+   tile_any<M, V>}
 #define FASTBLOCKS_TILES_4(V, M) \
   FASTBLOCKS_TILE(V, M + 1), FASTBLOCKS_TILE(V, M + 2), FASTBLOCKS_TILE(V, M + 3), FASTBLOCKS_TILE(V, M + 4)
 template <>
