@@ -105,6 +105,9 @@ class BuildExtension(build_ext):
     def run(self) -> None:
         if getattr(self.distribution, "native_build_failed", False):
             return
+        built = self.get_finalized_command("build_clib")
+        for extension in self.extensions:  # as objects, too: an extension is linked again when one of those is newer
+            extension.extra_objects = [f"{built.build_clib}/lib{name}.a" for name in built.get_library_names()]
         try:
             super().run()
         except Exception as error:
