@@ -20,7 +20,7 @@ struct KernelTable {
   int64_t (*pack_gemm_floats)(int64_t channels, int64_t depth);
   int64_t (*pack_depthwise_floats)(int64_t channels, int64_t taps);
   void (*pack_conv)(const float* w, int64_t out_channels, int64_t in_channels, const int64_t* kernel, const int64_t* strides,
-                    bool planar, int64_t* offsets, float* out);
+                    int64_t* offsets, float* out);
   void (*pack_depthwise)(const float* w, int64_t channels, int64_t kernel_height, int64_t kernel_width, const int64_t* strides,
                          float* out);
   Op pointwise, depthwise, conv, block, global_avg_pool, window_pool, shuffle, peak;

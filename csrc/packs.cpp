@@ -60,8 +60,8 @@ std::shared_ptr<const Pack> make_pack(const TensorView& v, Pack::Kind kind, int6
   } else {
     std::vector<int64_t> offsets(pack->in_channels * taps);
     for (int64_t g = 0; g < groups; ++g)
-      table.pack_conv(v.data + g * part * strides[0], part, pack->in_channels, pack->kernel, strides, kind == Pack::kConvPlanar,
-                      offsets.data(), pack->data + g * part_floats);
+      table.pack_conv(v.data + g * part * strides[0], part, pack->in_channels, pack->kernel, strides, offsets.data(),
+                      pack->data + g * part_floats);
   }
   return pack;
 }

@@ -14,7 +14,7 @@ namespace fastblocks {
 
 // A packed weight, and the shape it was made for: what the kernels will read of it depends on nothing else.
 struct Pack {
-  enum Kind { kConv, kConvPlanar, kDepthwise, kKinds };
+  enum Kind { kConv, kDepthwise, kKinds };
   Kind kind;
   int level;
   int64_t groups;  // packed one after the other

@@ -95,6 +95,16 @@ FASTBLOCKS_INLINE Vec at_most(Vec bound, Vec x) {
 #endif
 }
 
+// max(a, b) that is NaN where either is.
+FASTBLOCKS_INLINE Vec larger_or_nan(Vec a, Vec b) {
+#if FASTBLOCKS_VECTOR_NATIVE == 512
+  return (Vec)_mm512_mask_max_ps((__m512)a, _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_ORD_Q), (__m512)a, (__m512)b);
+#else
+  const Vec most = at_least(a, b);  // b where either is NaN
+  return a != a ? a : most;
+#endif
+}
+
 // The first n lanes, 0 < n < kLanes; no byte beyond them is touched. The other lanes are zero.
 FASTBLOCKS_INLINE Vec load_partial(const float* p, int n) {
 #if FASTBLOCKS_VECTOR_NATIVE == 512

@@ -1,27 +1,24 @@
 // Dense k x k convolution + BatchNorm + activation, meant for a network's stem (3 input channels) and right for any count.
 //
-// Input rows are copied, with their side padding, into a ring of kernel-height rows that stays in L1; the convolution of an
-// output row is then a matrix product whose left operand is read from the ring in runs: a kernel row of an NHWC image is one
-// run of kernel_width * channels values. An NCHW image is read as it is, in runs of kernel_width values a channel and kernel
-// row. (Laying the windows out first, for a product in one run, took a fifth longer.)
+// Input rows are copied, with their side padding, into a ring of kernel-height rows that stays in L1, those of an NCHW image
+// with their channels side by side. The convolution of an output row is then a matrix product whose left operand is read from
+// the ring in runs of kernel_width * channels values, one a kernel row. Laying the windows out first, for a product in one run,
+// took a fifth longer; an NCHW image as it is, in runs of kernel_width values a channel and kernel row, a tenth.
 #pragma once
 
 #include "depthwise-inl.h"
 #include "gemm-inl.h"
+#include "shuffle-inl.h"
 
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
 
-// Packs w[n][c][ky][kx] in the order of the depth: (ky, kx, c), or (c, ky, kx) for NCHW input.
+// Packs w[n][c][ky][kx] in the order of the depth: (ky, kx, c).
 inline void pack_conv(const float* w, int64_t out_channels, int64_t in_channels, const int64_t* kernel, const int64_t* strides,
-                      bool planar, int64_t* offsets, float* out) {
+                      int64_t* offsets, float* out) {
   const int64_t depth = in_channels * kernel[0] * kernel[1];
   for (int64_t k = 0; k < depth; ++k) {
-    int64_t c, ky, kx;
-    if (planar)
-      kx = k % kernel[1], ky = k / kernel[1] % kernel[0], c = k / kernel[1] / kernel[0];
-    else
-      c = k % in_channels, kx = k / in_channels % kernel[1], ky = k / in_channels / kernel[1];
+    const int64_t c = k % in_channels, kx = k / in_channels % kernel[1], ky = k / in_channels / kernel[1];
     offsets[k] = c * strides[1] + ky * strides[2] + kx * strides[3];
   }
   pack_gemm(w, out_channels, strides[0], depth, offsets, out);
@@ -33,20 +30,18 @@ struct ConvRuns {
 
 FASTBLOCKS_INLINE ConvRuns conv_runs(const ConvParams& p) {
   const bool dense = p.dilation[1] == 1;
-  if (p.planar) return {p.in_channels * p.kernel[0] * (dense ? 1 : p.kernel[1]), dense ? p.kernel[1] : 1};
   return {p.kernel[0] * (dense ? 1 : p.kernel[1]), (dense ? p.kernel[1] : 1) * p.in_channels};
 }
 
 struct ConvScratch {
   int64_t* run_offsets;
   float *ring, *zeros, *end;
-  int64_t padded_width, row_floats, ring_rows;
+  int64_t row_floats, ring_rows;
 };
 
 FASTBLOCKS_INLINE ConvScratch conv_scratch(const ConvParams& p, char* memory, size_t* bytes) {
   ConvScratch s;
-  s.padded_width = p.width + 2 * p.padding[1];
-  s.row_floats = s.padded_width * p.in_channels;
+  s.row_floats = (p.width + 2 * p.padding[1]) * p.in_channels;
   s.ring_rows = (p.kernel[0] - 1) * p.dilation[0] + 1;
   s.run_offsets = reinterpret_cast<int64_t*>(memory);
   float* next = reinterpret_cast<float*>(memory + round_up(conv_runs(p).count, 8) * sizeof(int64_t));
@@ -62,8 +57,7 @@ inline void conv_load_row(const ConvParams& p, const ConvScratch& s, int64_t ima
   const float* from = p.x.data + image * p.x.image_stride + iy * p.x.row_stride;
   const int64_t pad = p.padding[1];
   if (p.planar) {
-    for (int64_t c = 0; c < p.in_channels; ++c, to += s.padded_width, from += p.x.pixel_stride)
-      __builtin_memcpy(to + pad, from, p.width * sizeof(float));
+    interleave_streams<true>(from, p.x.pixel_stride, p.in_channels, 0, p.width * p.in_channels, to + pad * p.in_channels);
   } else if (p.x.pixel_stride == p.in_channels) {
     __builtin_memcpy(to + pad * p.in_channels, from, p.width * p.in_channels * sizeof(float));
   } else {
@@ -72,14 +66,12 @@ inline void conv_load_row(const ConvParams& p, const ConvScratch& s, int64_t ima
   }
 }
 
-// The image comes from L3 or memory: its next rows come nearer while this one is convolved.
-FASTBLOCKS_INLINE void conv_fetch_rows(const ConvParams& p, int64_t image, int64_t begin, int64_t end) {
-  const int64_t planes = p.planar ? p.in_channels : 1, floats = p.planar ? p.width : p.width * p.x.pixel_stride;
-  for (int64_t iy = begin; iy < end; ++iy)
-    for (int64_t c = 0; c < planes; ++c) {
-      const float* row = p.x.data + image * p.x.image_stride + iy * p.x.row_stride + c * p.x.pixel_stride;
-      for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(row + i);
-    }
+// Rows [begin, end) of an image, which comes from L3 or memory: they come nearer while the rows before them are convolved.
+FASTBLOCKS_INLINE Range conv_rows(const ConvParams& p, int64_t image, int64_t begin, int64_t end) {
+  const float* row = p.x.data + image * p.x.image_stride + begin * p.x.row_stride;
+  const int64_t floats = (end - begin) * p.x.row_stride;
+  if (begin >= end || p.x.row_stride > 2 * p.width * (p.planar ? 1 : p.in_channels)) return {};  // mostly what is not read
+  return p.planar ? Range{row, floats, p.in_channels, p.x.pixel_stride} : Range{row, floats};
 }
 
 // The ring's rows have no padding yet, and recycled memory holds anything.
@@ -91,21 +83,18 @@ inline int64_t conv_output_row(const ConvParams& p, const ConvScratch& s, int64_
                                int64_t panel_begin, int64_t panel_end, const Destination& to, bool pad_channels) {
   const int64_t first = oy * p.stride[0] - p.padding[0], limit = smaller(p.height, first + s.ring_rows);
   for (next = larger(next, larger(first, 0)); next < limit; ++next) conv_load_row(p, s, image, next);
-  conv_fetch_rows(p, image, next, smaller(p.height, next + p.stride[0]));
   const bool dense = p.dilation[1] == 1;
-  const int64_t step = p.planar ? 1 : p.in_channels;  // floats from a column to the next
   int64_t r = 0;
-  for (int64_t c = 0; c < (p.planar ? p.in_channels : 1); ++c)
-    for (int64_t ky = 0; ky < p.kernel[0]; ++ky) {
-      const int64_t iy = oy * p.stride[0] - p.padding[0] + ky * p.dilation[0];
-      const int64_t row = iy < 0 || iy >= p.height ? s.zeros - s.ring : iy % s.ring_rows * s.row_floats;
-      for (int64_t kx = 0; kx < (dense ? 1 : p.kernel[1]); ++kx)
-        s.run_offsets[r++] = row + c * s.padded_width + kx * p.dilation[1] * step;
-    }
+  for (int64_t ky = 0; ky < p.kernel[0]; ++ky) {
+    const int64_t iy = oy * p.stride[0] - p.padding[0] + ky * p.dilation[0];
+    const int64_t row = iy < 0 || iy >= p.height ? s.zeros - s.ring : iy % s.ring_rows * s.row_floats;
+    for (int64_t kx = 0; kx < (dense ? 1 : p.kernel[1]); ++kx) s.run_offsets[r++] = row + kx * p.dilation[1] * p.in_channels;
+  }
   const ConvRuns runs = conv_runs(p);
-  const Pixels left = {s.ring, runs.length, p.stride[1] * step, runs.count, s.run_offsets};
+  const Pixels left = {s.ring, runs.length, p.stride[1] * p.in_channels, runs.count, s.run_offsets};
   const Epilogue e = {folded_product(p.packed_weight, p.out_channels, p.fold, p.shared), p.clamp, nullptr, 0, pad_channels};
-  gemm(left, p.out_width, p.out_channels, panel_begin, panel_end, e, to);
+  gemm(left, p.out_width, p.out_channels, panel_begin, panel_end, e, to,
+       conv_rows(p, image, next, smaller(p.height, next + p.stride[0])), kNoPanel);
   return next;
 }
 

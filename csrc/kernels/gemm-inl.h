@@ -107,8 +107,11 @@ inline void gemm_panel(TileRun t, int64_t pixels, int vectors, const Range& soon
                    : pairs ? 2 * most_pairs(vectors - 1)
                            : tile_pixels(vectors) - (kRegisters == 16 && vectors == 2 && t.a.depth() <= 32);
   const int64_t tiles = divide_up(pixels, most), base = pixels / tiles, extra = pixels % tiles;
-  const auto a_tile = [tiles](int64_t floats) { return round_up(divide_up(floats, tiles), 16); };
-  if (soon.data) t.ahead = {soon.data, a_tile(soon.floats)};
+  if (soon.data) {
+    const int64_t share = larger(1, tiles / soon.pieces), floats = round_up(divide_up(soon.floats, share), 16);
+    t.ahead = {soon.data, floats, soon.data + soon.floats, soon.piece_stride,
+               soon.pieces > 1 ? soon.piece_stride - divide_up(soon.floats, floats) * floats : 0};
+  }
   if (split) {
     const int64_t rest = pixels - split_panel(t, pixels, vectors);
     if (rest) run(rest, 1);
@@ -144,7 +147,7 @@ inline void gemm(const Pixels& a, int64_t pixels, int64_t out_channels, int64_t 
                  e.clamp,
                  e.pad_channels ? width * kLanes : panels.valid(panel),
                  panels.valid(panel),
-                 {nullptr, 0}};
+                 {}};
     Range now = soon.part(panel - panel_begin, panel_end - panel_begin);
     const int64_t then = panel + 1 < panel_end || next == kPanelBehind ? panel + 1 : next;
     if (fetch_weights && then >= 0) now = {weights(then), a.depth() * width * kLanes};

@@ -85,15 +85,16 @@ struct Walk {
   }
 };
 
-// Memory that is needed soon, and its part `index` of `count` equal ones.
+// Memory that is needed soon, in one piece or in more at equal distances, and part `index` of `count` equal ones of each.
 struct Range {
   const float* data;  // null: none
-  int64_t floats;
+  int64_t floats;     // a piece
+  int64_t pieces = 1, piece_stride = 0;
 
   Range part(int64_t index, int64_t count) const {
     if (!data) return {nullptr, 0};
     const int64_t share = divide_up(floats, count);
-    return {data + index * share, share};
+    return {data + index * share, share, pieces, piece_stride};
   }
 };
 

@@ -50,10 +50,14 @@ inline void pool_prepare(void* params, int threads, Work* work) {
   work->shared = nullptr;
 }
 
-// max(a, b) that is NaN where either is, as torch's max-pool has it.
-FASTBLOCKS_INLINE Vec larger_or_nan(Vec a, Vec b) {
-  const Vec most = at_least(a, b);  // b where either is NaN
-  return a != a ? a : most;
+template <bool kAverage>
+FASTBLOCKS_INLINE Vec pool_start() {
+  return kAverage ? Vec{} : broadcast(-__builtin_inff());
+}
+
+template <bool kAverage>
+FASTBLOCKS_INLINE Vec pool_two(Vec a, Vec b) {
+  return kAverage ? a + b : larger_or_nan(a, b);
 }
 
 struct PoolWindow {
@@ -64,14 +68,14 @@ struct PoolWindow {
 
 template <bool kAverage>
 FASTBLOCKS_INLINE Vec pool_vector(const PoolWindow& w, int64_t rows, int64_t columns, int64_t c, int lanes) {
-  Vec result = kAverage ? Vec{} : broadcast(-__builtin_inff());
+  Vec result = pool_start<kAverage>();
 #pragma GCC unroll 3
   for (int64_t y = 0; y < rows; ++y)
 #pragma GCC unroll 3
     for (int64_t x = 0; x < columns; ++x) {
       const float* at = w.x + y * w.row_stride + x * w.pixel_stride + c;
       const Vec v = lanes == kLanes ? load(at) : load_partial(at, lanes);
-      result = kAverage ? result + v : larger_or_nan(result, v);
+      result = pool_two<kAverage>(result, v);
     }
   return kAverage ? result / w.divisor : result;
 }
@@ -86,6 +90,32 @@ FASTBLOCKS_INLINE void pool_pixel(const PoolWindow& w, int64_t rows, int64_t col
   store_partial(out + c, lanes, pool_vector<kAverage>(w, rows, columns, c, lanes));
 }
 
+// A row of windows three columns wide and two apart, of `rows` rows each: neighbours share a column, and each column is reduced
+// once. `x`: column 0 of the first row.
+template <bool kAverage>
+FASTBLOCKS_INLINE void pool_shared_columns(const WindowPoolParams& p, const float* x, int64_t rows, float* out) {
+  const float divisor = (float)(3 * p.kernel[0]);
+  for (int64_t c = 0; c < p.channels; c += kLanes) {
+    const int lanes = (int)smaller(kLanes, p.channels - c);
+    const auto column = [&](int64_t ix) __attribute__((always_inline)) {
+      if (ix < 0 || ix >= p.width) return pool_start<kAverage>();
+      const float* at = x + ix * p.x.pixel_stride + c;
+      Vec result = load_up_to(at, lanes);
+#pragma GCC unroll 3
+      for (int64_t y = 1; y < rows; ++y) result = pool_two<kAverage>(result, load_up_to(at + y * p.x.row_stride, lanes));
+      return result;
+    };
+    int64_t ix = -p.padding[1];
+    Vec left = column(ix);
+    for (int64_t ox = 0; ox < p.out_width; ++ox, ix += 2) {
+      const Vec middle = column(ix + 1), right = column(ix + 2);
+      const Vec result = pool_two<kAverage>(pool_two<kAverage>(left, middle), right);
+      store_up_to(out + ox * p.out.pixel_stride + c, lanes, kAverage ? result / divisor : result);
+      left = right;
+    }
+  }
+}
+
 // Output rows [begin, end) of one image.
 template <bool kAverage>
 inline void pool_rows(const WindowPoolParams& p, int64_t image, int64_t begin, int64_t end) {
@@ -94,6 +124,14 @@ inline void pool_rows(const WindowPoolParams& p, int64_t image, int64_t begin, i
     const int64_t top = oy * p.stride[0] - p.padding[0], y = larger(top, 0);
     w.rows = smaller(top + p.kernel[0], p.height) - y;
     float* out = p.out.data + image * p.out.image_stride + oy * p.out.row_stride;
+    if (p.kernel[1] == 3 && p.stride[1] == 2 && w.rows > 0) {
+      const float* x = p.x.data + image * p.x.image_stride + y * p.x.row_stride;
+      if (w.rows == 3)
+        pool_shared_columns<kAverage>(p, x, 3, out);
+      else
+        pool_shared_columns<kAverage>(p, x, w.rows, out);
+      continue;
+    }
     for (int64_t ox = 0; ox < p.out_width; ++ox, out += p.out.pixel_stride) {
       const int64_t left = ox * p.stride[1] - p.padding[1], x = larger(left, 0);
       w.columns = smaller(left + p.kernel[1], p.width) - x;

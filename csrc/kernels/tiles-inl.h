@@ -25,6 +25,8 @@ FASTBLOCKS_INLINE int tile_pixels(int vectors) {
 struct Ahead {
   const float* next;  // null: nothing to fetch
   int64_t floats;     // a tile
+  const float* end;   // of a piece; the one after it begins `skip` floats from where the tiles have come to
+  int64_t piece_stride, skip;
 };
 
 // A tile's part, two lines at most every four steps of the depth: fetched at once it would take all of a core's buffers for
@@ -44,6 +46,7 @@ struct Fetching {
     for (int64_t i = 0; i < first; i += kLine) __builtin_prefetch(ahead.next + i);
     at = ahead.next + first;
     ahead.next += ahead.floats;
+    if (ahead.next >= ahead.end) ahead.next += ahead.skip, ahead.end += ahead.piece_stride;
   }
   // Where there is nothing to fetch, the same near line again and again costs nothing.
   FASTBLOCKS_INLINE void after_four_steps() {

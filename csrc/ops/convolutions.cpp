@@ -108,7 +108,7 @@ class DenseConv : public Window<ConvParams> {
  public:
   explicit DenseConv(PyObject* const* args) : Window(args), record_(args[1]) {}
   Value bind(const Value& input) override {
-    // Rows of an NCHW image are read as they are; the plane stride takes the pixel stride's place.
+    // An NCHW image is read where it is; the plane stride takes the pixel stride's place.
     const TensorView& v = input.view;
     require(v.dims == 4, "fastblocks._C: an input has four dimensions");
     p_.planar = input.tensor && !((v.size[1] < 2 || v.stride[1] == 1) && (v.size[3] < 2 || v.stride[3] >= v.size[1]));
@@ -120,7 +120,7 @@ class DenseConv : public Window<ConvParams> {
     } else {
       x_ = dense_channels(input);
     }
-    conv_ = std::make_unique<Conv>(record_, eps_, p_.planar ? Pack::kConvPlanar : Pack::kConv);
+    conv_ = std::make_unique<Conv>(record_, eps_, Pack::kConv);
     require(conv_->in() == x_.c, "fastblocks._C: a weight of another number of channels");
     p_.in_channels = x_.c, p_.out_channels = conv_->out();
     return bind_window(input, *conv_);

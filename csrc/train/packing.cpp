@@ -46,7 +46,7 @@ const float* pack_forward(Plan& plan, const Bound& b, int64_t index) {
     const int64_t depth = w.size[1] * w.size[2] * w.size[3];
     float* const pack = plan.floats(kernels().pack_gemm_floats(w.size[0], depth));
     std::vector<int64_t> offsets(depth);
-    kernels().pack_conv(w.data, w.size[0], w.size[1], w.size + 2, w.stride, b.planar, offsets.data(), pack);
+    kernels().pack_conv(w.data, w.size[0], w.size[1], w.size + 2, w.stride, offsets.data(), pack);
     return pack;
   }
   const int64_t n = w.size[0] / node.groups;
