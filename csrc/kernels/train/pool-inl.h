@@ -25,6 +25,27 @@ struct Window {
   int64_t row, row_end, column, column_end;
 };
 
+// A row of means of windows of three columns, two apart: neighbours share a column, and each is summed once.
+inline void average_shared_columns(const TrainPool& p, const float* const* rows, int64_t row_stride, const Window& w,
+                                   float* out) {
+  const Vec share = broadcast(1.0f / (float)(3 * p.kernel[0]));
+  for_channels(p.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+    const auto column = [&](int64_t x) __attribute__((always_inline)) {
+      Vec sum{};
+      if (x < 0 || x >= p.width) return sum;
+      for (int64_t ky = w.row; ky < w.row_end; ++ky) sum += load_some(rows[ky] + x * row_stride + c, lanes);
+      return sum;
+    };
+    int64_t x = -p.padding[1];
+    Vec left = column(x);
+    for (int64_t ox = 0; ox < p.out_width; ++ox, x += 2) {
+      const Vec middle = column(x + 1), right = column(x + 2);
+      store_some(out + ox * p.y_stride + c, lanes, (left + middle + right) * share);
+      left = right;
+    }
+  });
+}
+
 // One output pixel whose window begins at column `x`, which may lie outside.
 template <bool kAverage>
 FASTBLOCKS_INLINE void pool_pixel(const TrainPool& p, const float* const* rows, int64_t row_stride, int64_t x, const Window& w,
@@ -93,6 +114,10 @@ inline void train_pool_run(const void* params, int64_t begin, int64_t end, char*
         }
         rows[ky] = plain ? p.x.data + begin * p.x.stride : row;
       }
+      if (p.average && p.kernel[1] == 3 && p.stride[1] == 2) {
+        average_shared_columns(p, rows, stride, w, p.y + (image * p.out_height + oy) * p.out_width * p.y_stride);
+        continue;
+      }
       for (int64_t ox = 0; ox < p.out_width; ++ox) {
         const int64_t pixel = (image * p.out_height + oy) * p.out_width + ox, x = ox * p.stride[1] - p.padding[1];
         w.column = larger(0, -x), w.column_end = smaller(p.kernel[1], p.width - x);
@@ -117,11 +142,16 @@ inline void train_pool_prepare(void* params, TrainWork* work) {
   *work = {p.items, room<float>(ring) + room<float*>(p.kernel[0]) + room<float>(padded(p.channels))};
 }
 
-// Adds the shares of output row `oy` in a row of the input's gradient, which lies `ky` rows into its windows.
+// Where a window's gradient goes, in one row of the input: `ky` is that row's place in the window.
+struct PoolRow {
+  int64_t oy, ky;
+};
+
+// Adds the shares of an output row in a row of the input's gradient.
 template <bool kAverage>
-inline void add_pool_grad_row(const TrainPool& p, int64_t image, int64_t oy, int64_t ky, float* row, int64_t stride) {
+inline void add_pool_grad_row(const TrainPool& p, int64_t image, const PoolRow& from, float* row, int64_t stride) {
   const Vec share = broadcast(1.0f / (float)(p.kernel[0] * p.kernel[1]));
-  const int64_t first = (image * p.out_height + oy) * p.out_width, all = padded(p.channels);
+  const int64_t first = (image * p.out_height + from.oy) * p.out_width, all = padded(p.channels);
   for (int64_t ox = 0; ox < p.out_width; ++ox) {
     const int64_t x = ox * p.stride[1] - p.padding[1];
     const int64_t begin = larger(0, -x), end = smaller(p.kernel[1], p.width - x);
@@ -132,24 +162,73 @@ inline void add_pool_grad_row(const TrainPool& p, int64_t image, int64_t oy, int
       const Vec v = kAverage ? load_some(g + c, lanes) * share : load_some(g + c, lanes);
       const Indices place = kAverage ? Indices{} : load_places(places + c);
       float* at = to + c;
-      int tap = (int)(ky * p.kernel[1] + begin);
+      int tap = (int)(from.ky * p.kernel[1] + begin);
       for (int64_t kx = begin; kx < end; ++kx, ++tap, at += stride)
         store(at, load(at) + (kAverage ? v : place == (Indices{} + tap) ? v : Vec{}));
     });
   }
 }
 
+// The same for windows of three columns, two apart, and the N output rows that reach this one at once: what neighbours put into
+// the column they share waits in a register, and each column is written once.
+template <bool kAverage, int N>
+inline void add_shared_columns(const TrainPool& p, int64_t image, const PoolRow* from, float* row, int64_t stride) {
+  const Vec share = broadcast(1.0f / (float)(3 * p.kernel[0]));
+  const int64_t all = padded(p.channels);
+  for_channels(p.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+    const float* g[N];
+    const unsigned char* places[N];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
+      const int64_t first = (image * p.out_height + from[n].oy) * p.out_width;
+      g[n] = p.y + first * p.y_stride + c, places[n] = kAverage ? nullptr : p.places + first * all + c;
+    }
+    const auto put = [&](int64_t x, Vec v) __attribute__((always_inline)) {
+      if (x < 0 || x >= p.width) return;
+      float* to = row + x * stride + c;
+      store(to, load(to) + v);
+    };
+    Vec shared{};
+    int64_t x = -p.padding[1];
+    for (int64_t ox = 0; ox < p.out_width; ++ox, x += 2) {
+      Vec part[3] = {shared, Vec{}, Vec{}};
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) {
+        const Vec v = load_some(g[n], lanes);
+        const Indices place = kAverage ? Indices{} : load_places(places[n]) - (int)(3 * from[n].ky);
+#pragma GCC unroll 3
+        for (int kx = 0; kx < 3; ++kx) part[kx] += kAverage ? v * share : place == (Indices{} + kx) ? v : Vec{};
+        g[n] += p.y_stride, places[n] += kAverage ? 0 : all;
+      }
+      put(x, part[0]), put(x + 1, part[1]);
+      shared = part[2];
+    }
+    put(x, shared);
+  });
+}
+
+template <bool kAverage>
+inline void add_pool_grad_rows(const TrainPool& p, int64_t image, const PoolRow* from, int64_t count, float* row,
+                               int64_t stride) {
+  const bool shares = p.kernel[1] == 3 && p.stride[1] == 2;
+  if (shares && count == 1) return add_shared_columns<kAverage, 1>(p, image, from, row, stride);
+  if (shares && count == 2) return add_shared_columns<kAverage, 2>(p, image, from, row, stride);
+  for (int64_t i = 0; i < count; ++i) add_pool_grad_row<kAverage>(p, image, from[i], row, stride);
+}
+
 // Row `y` of the input's gradient, but for what it is added to.
 inline void add_pool_grad(const TrainPool& p, int64_t image, int64_t y, float* row, int64_t stride) {
-  // The output rows whose windows reach this one.
-  const int64_t first = larger(0, divide_up(larger(0, y + p.padding[0] - p.kernel[0] + 1), p.stride[0]));
+  // The output rows whose windows reach this one, some at a time.
+  int64_t oy = larger(0, divide_up(larger(0, y + p.padding[0] - p.kernel[0] + 1), p.stride[0]));
   const int64_t last = smaller(p.out_height - 1, (y + p.padding[0]) / p.stride[0]);
-  for (int64_t oy = first; oy <= last; ++oy) {
-    const int64_t ky = y + p.padding[0] - oy * p.stride[0];
+  while (oy <= last) {
+    PoolRow from[2];
+    int64_t count = 0;
+    for (; oy <= last && count < 2; ++oy) from[count++] = {oy, y + p.padding[0] - oy * p.stride[0]};
     if (p.average)
-      add_pool_grad_row<true>(p, image, oy, ky, row, stride);
+      add_pool_grad_rows<true>(p, image, from, count, row, stride);
     else
-      add_pool_grad_row<false>(p, image, oy, ky, row, stride);
+      add_pool_grad_rows<false>(p, image, from, count, row, stride);
   }
 }
 
