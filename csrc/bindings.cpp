@@ -64,6 +64,11 @@ PYBIND11_MODULE(_C, m) {
     if (!chain) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(chain);
   });
+  m.def("make_check", [](py::handle description) {
+    PyObject* check = make_check(description.ptr());
+    if (!check) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(check);
+  });
   m.def("make_recall", [](py::handle description) {
     PyObject* functions = make_recall(description.ptr());
     if (!functions) throw py::error_already_set();

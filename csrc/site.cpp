@@ -73,6 +73,21 @@ PyObject* make(PyObject* d) {
   return function_on(std::move(s), kCapsule, &call_method);
 }
 
+const char* const kCheckCapsule = "fastblocks.check";
+
+PyObject* call_check(PyObject* capsule, PyObject*) {
+  return guarded([&] {
+    const auto* modules = static_cast<const Modules*>(PyCapsule_GetPointer(capsule, kCheckCapsule));
+    return PyBool_FromLong(unchanged(*modules, true));
+  });
+}
+
+PyMethodDef check_method = {"check", call_check, METH_NOARGS, nullptr};
+
+PyObject* make_check_of(PyObject* d) {
+  return function_on(std::make_unique<Modules>(modules_at(d, 0)), kCheckCapsule, &check_method);
+}
+
 }  // namespace
 
 // The site of a layer, or null where it has none now.
@@ -82,6 +97,10 @@ const Site* site_of(PyObject* layer) {
   if (!function && PyErr_Occurred()) throw PythonError();
   if (!function || !PyCFunction_CheckExact(function) || PyCFunction_GET_FUNCTION(function) != call_site) return nullptr;
   return static_cast<const Site*>(PyCapsule_GetPointer(PyCFunction_GET_SELF(function), kCapsule));
+}
+
+PyObject* make_check(PyObject* description) noexcept {
+  return guarded([&] { return make_check_of(description); });
 }
 
 PyObject* make_site(PyObject* description) noexcept {

@@ -17,4 +17,7 @@ PyObject* make_site(PyObject* description) noexcept;
 // a Modules tuple has (tables, states, hooks, backward hooks, settings) and of the layers' __dict__s.
 PyObject* make_chain(PyObject* description) noexcept;
 
+// Whether modules are as they were, as a function without arguments. `description` is what a Modules tuple has.
+PyObject* make_check(PyObject* description) noexcept;
+
 }  // namespace fastblocks

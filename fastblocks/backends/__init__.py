@@ -69,6 +69,7 @@ _numba_reason: str | None = None
 
 make_site: Callable[[Any], Any] | None = None if _native is None else _native.make_site
 make_chain: Callable[[Any], Any] | None = None if _native is None else _native.make_chain
+make_check: Callable[[Any], Callable[[], bool]] | None = None if _native is None else _native.make_check
 make_recall: Callable[[Any], Any] | None = None if _native is None else _native.make_recall
 """Make a call site, a chain of sites (``functional/site.py``), or a memory of calls (``functional/recall.py``); None
 without the extension."""

@@ -109,6 +109,7 @@ def spin(steps: int) -> tuple[float, str]:
 
 make_site = _C.make_site
 make_chain = _C.make_chain
+make_check = _C.make_check
 make_recall = _C.make_recall
 
 

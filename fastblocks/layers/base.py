@@ -34,8 +34,10 @@ class Fused(HasSites, nn.Module):
     _site: site.Site | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # The site does not watch the layer's own attributes: holding them would keep the layer alive for ever.
-        self.__dict__.pop("_site", None)
+        # What remembers calls does not watch the layer's attributes: holding them would keep the layer alive for ever.
+        if self.__dict__.get(name, self) is not value:
+            self.__dict__.pop("_site", None)
+            self.__dict__.pop("_again", None)
         super().__setattr__(name, value)
 
     def _units(self) -> tuple[Unit, ...] | str:

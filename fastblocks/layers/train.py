@@ -18,6 +18,7 @@ from torch.compiler import is_compiling
 
 from fastblocks.backends.program import ACTIVATIONS, Kind, Node, Pair, Program, Tensors, makes_conv
 from fastblocks.functional import training
+from fastblocks.functional.site import Place
 from fastblocks.layers.fuse import Unit, children_reason, input_reason, is_depthwise, is_pointwise
 
 if TYPE_CHECKING:
@@ -171,15 +172,17 @@ def _momentum(bn: Any) -> float:
     return 1.0 / (int(bn.num_batches_tracked) + 1)
 
 
-def _count_batches(units: Sequence[Unit]) -> None:
-    counters = [
-        bn.num_batches_tracked
-        for unit in units
-        for bn in (unit.bn,)
-        if bn is not None and bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
-    ]
+def counters_of(units: Sequence[Unit]) -> list[Place]:
+    """Where the numbers of batches stand that BatchNorms count."""
+    norms: list[Any] = [unit.bn for unit in units]
+    return [(bn._buffers, "num_batches_tracked") for bn in norms if bn.training and bn.track_running_stats]
+
+
+def count_batches(places: Sequence[Place]) -> None:
+    """One batch more."""
+    counters = [t for t in (table.get(key) for table, key in places) if t is not None]
     if counters:
-        torch._foreach_add_(counters, 1)  # type: ignore[arg-type]
+        torch._foreach_add_(counters, 1)
 
 
 def units_of(layer: Fused) -> tuple[Unit, ...]:
@@ -245,13 +248,22 @@ def chain_of(parts: Sequence[Part], x: Tensor) -> Chain | str:
     return Chain(program, tensors, builder.units)
 
 
-def run(parts: Sequence[Part], x: Tensor) -> Tensor | str:
-    """Run layers as one chain; or why that cannot be."""
+class Made(NamedTuple):
+    """A chain that ran, and the layers that it was made of."""
+
+    parts: Sequence[Part]
+    chain: Chain
+
+
+def run(parts: Sequence[Part], x: Tensor, made: list[Made] | None = None) -> Tensor | str:
+    """Run layers as one chain, which becomes one of those `made`; or why that cannot be."""
     chain = chain_of(parts, x)
     if isinstance(chain, str):
         return chain
+    if made is not None:
+        made.append(Made(parts, chain))
     result = training.chain(chain.program, x, chain.tensors)
-    _count_batches(chain.units)
+    count_batches(counters_of(chain.units))
     return result
 
 
