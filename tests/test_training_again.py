@@ -1,7 +1,9 @@
 """A network in training remembers its chains: that it does, and that no change passes unseen."""
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -269,6 +271,14 @@ def test_copies_do_not_remember(copied: Callable[[Any], Any]) -> None:
     twin = copied(layers)
     assert not remembered(twin) and remembered(layers)
     assert_same(step(copy.deepcopy(twin), image()), step(layers, image()))
+
+
+def test_it_keeps_nothing_alive() -> None:
+    layers = trained(image())
+    gone = [weakref.ref(module) for module in layers.modules()]
+    del layers
+    gc.collect()
+    assert all(ref() is None for ref in gone)
 
 
 def test_a_shared_weight_is_not_remembered() -> None:

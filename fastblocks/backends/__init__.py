@@ -71,8 +71,8 @@ make_site: Callable[[Any], Any] | None = None if _native is None else _native.ma
 make_chain: Callable[[Any], Any] | None = None if _native is None else _native.make_chain
 make_check: Callable[[Any], Callable[[], bool]] | None = None if _native is None else _native.make_check
 make_recall: Callable[[Any], Any] | None = None if _native is None else _native.make_recall
-"""Make a call site, a chain of sites (``functional/site.py``), or a memory of calls (``functional/recall.py``); None
-without the extension."""
+"""Make a call site, a chain of sites (``functional/site.py``), a comparison of modules with what they were
+(``layers/again.py``), or a memory of calls (``functional/recall.py``); None without the extension."""
 spin: Callable[[int], tuple[float, str]] | None = None if _native is None else _native.spin
 """Multiply-adds and nothing else, to measure the machine's peak; None without the extension."""
 

@@ -76,7 +76,9 @@ class Again:
 
     def _found(self, x: Any) -> list[list[Tensor | None]] | None:
         """The chains' tensors, if all is as it was."""
-        if type(x) is not self.kind or x.shape != self.shape or x.stride() != self.strides:
+        if type(x) is not self.kind or x.layout is not torch.strided:
+            return None
+        if x.shape != self.shape or x.stride() != self.strides:
             return None
         if not torch.is_grad_enabled() or not nothing_watches() or torch.onnx.is_in_onnx_export():
             return None

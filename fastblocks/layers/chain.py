@@ -95,8 +95,8 @@ def _trained(owner: nn.Module, children: Iterable[Any], x: Any) -> Any:
             x = _run(parts, x, made)
             parts, weights = [], 0
     x = _run(parts, x, made)
-    seen = (first.shape, first.stride())
-    repeats = owner.__dict__.get("_training") == seen and sum(len(chain.parts) for chain in made) == len(layers)
+    seen = (first.shape, first.stride()) if sum(len(chain.parts) for chain in made) == len(layers) else None
+    repeats = seen is not None and owner.__dict__.get("_training") == seen
     owner.__dict__["_training"] = again.remember(owner, containers, made, first) if repeats else seen
     return x
 
