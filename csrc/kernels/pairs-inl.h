@@ -90,7 +90,7 @@ inline void pair_run(TileRun& state, int64_t tiles) {
   const bool padded = t.valid > t.used;
   const float *a = t.a.data, *residual = t.residual;
   Walk walk(t.to);
-  Fetching fetching(t.ahead, t.a.run_count * (t.a.run_length / 4), t.w);
+  Fetching fetching(state.ahead, t.a.run_count * (t.a.run_length / 4), t.w);
   for (; tiles > 0; --tiles) {
     fetching.begin_tile();
     if (t.to.far) fetch_for_writing<2 * P, W + 1>(walk.out, t.to.pixel_stride);
@@ -152,7 +152,7 @@ inline void pair_run(TileRun& state, int64_t tiles) {
     }
     if (residual) residual += 2 * P * t.residual_stride;
   }
-  state.a.data = a, state.residual = residual, state.ahead = fetching.ahead;
+  state.a.data = a, state.residual = residual;
   walk.leave(&state.to);
 }
 
