@@ -149,10 +149,15 @@ print(fastblocks.backend_info()["reason"])
 
 
 def test_import_takes_little_and_leaves_numba_alone() -> None:
-    """150 ms beyond torch, in the best of a few tries; with the numba tier as the current one, too."""
+    """150 ms beyond torch, in the best of a few tries; with the numba tier as the current one, too.
+
+    Bytecode is kept, as by default and by ``pip install``: with PYTHONDONTWRITEBYTECODE set, as in many containers,
+    compiling the sources would be most of what is timed.
+    """
     program = """
 import sys, time
 import torch, torch._dynamo, numpy, torch.utils.flop_counter
+sys.dont_write_bytecode = False
 start = time.perf_counter()
 import fastblocks
 print(time.perf_counter() - start, "numba" in sys.modules, fastblocks.current_backend())
