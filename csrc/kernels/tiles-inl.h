@@ -114,7 +114,7 @@ FASTBLOCKS_INLINE void tile_step(Vec (&sum)[M][V], const float* const (&a)[(M + 
   for (int m = 0; m < M; ++m) {
     const Vec x = broadcast(a[m / 3][(m % 3) * a_stride + k]);
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) sum[m][v] += x * b[v];
+    for (int v = 0; v < V; ++v) add_product(sum[m][v], x, b[v]);
   }
 }
 

@@ -58,7 +58,7 @@ inline void tap_tile(const float* const* x, int64_t x_step, const float* dy, int
     for (int r = 0; r < R; ++r) {
       const Vec a = broadcast(at[r][i]);
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) sum[r][v] += a * b[v];
+      for (int v = 0; v < V; ++v) add_product(sum[r][v], a, b[v]);
     }
   }
   soon[0].at = first.at, soon[1].at = second.at;

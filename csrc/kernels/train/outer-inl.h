@@ -46,7 +46,7 @@ inline void outer_tile(const float* dy, int64_t dy_stride, const float* x, int64
     for (int r = 0; r < R; ++r) {
       const Vec a = broadcast(dy[r]);
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) sum[r][v] += a * b[v];
+      for (int v = 0; v < V; ++v) add_product(sum[r][v], a, b[v]);
     }
   }
   soon[0].at = first, soon[1].at = second;
