@@ -226,8 +226,8 @@ FASTBLOCKS_INLINE void hold(Vec& v) {
 #endif
 }
 
-// sum += x * y, in the sum's own register. With 12 sums, an operand and two weights in 16 registers GCC moved sums from register
-// to register otherwise, and spilled one of them every few steps.
+// sum += x * y, in the sum's own register. With 12 sums, an operand and two weights in 16 registers GCC moved sums from
+// register to register otherwise, and spilled one of them every few steps.
 FASTBLOCKS_INLINE void add_product(Vec& sum, Vec x, Vec y) {
 #if FASTBLOCKS_VECTOR_NATIVE == 256 && defined(__FMA__)
   __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "x"(y));

@@ -284,15 +284,19 @@ inline void block_project_run(const void* params, int64_t begin, int64_t end, ch
   }
 }
 
-// Output rows a step: as many as keep one panel's ring in L1. Output rows a chunk: as many as keep the hidden channels in L2.
+// Output rows a step: as many as keep one panel's ring in L1. Output rows a chunk: as many as keep the hidden channels in L2,
+// and beside them what comes in and goes out, where that is more (ShuffleNet's units read a row again, for its residual).
 FASTBLOCKS_INLINE void choose_rows(BlockParams& p, bool slices) {
-  const int64_t ring_floats = 5 * 1024, hidden_floats = 80 * 1024;
+  const int64_t ring_floats = 5 * 1024, hidden_floats = 80 * 1024, all_floats = 96 * 1024;
   const int64_t row_floats = (p.width + 2 * p.padding) * kPanelVectors * kLanes;
   // Without an expansion the next chunk's input is of the size of this one's hidden channels, and shares the cache with them.
   const int64_t next_floats = expands(p) ? 0 : p.stride * p.width * p.in_channels;
   const int64_t chunk_floats = p.out_width * p.hidden_stride + next_floats;
+  const int64_t out_floats = p.out_width * p.out_channels * (p.other.data ? 2 : 1);
+  const int64_t passing_floats = p.expand_weight ? p.stride * p.width * p.in_channels + out_floats : 0;
   const int64_t height = slices ? p.out_height : divide_up(p.out_height, p.bands);
-  const int64_t chunk = smaller(height, larger(1, hidden_floats / chunk_floats));
+  const int64_t chunk =
+      smaller(height, larger(1, smaller(hidden_floats / chunk_floats, all_floats / (chunk_floats + passing_floats))));
   p.chunk_rows = divide_up(height, divide_up(height, chunk));  // chunks of equal height
   const int64_t limit = slices ? p.out_height : p.chunk_rows;
   const int64_t step = larger(1, (ring_floats / row_floats - p.kernel) / p.stride + 1);
