@@ -284,8 +284,12 @@ inline void block_project_run(const void* params, int64_t begin, int64_t end, ch
   }
 }
 
+// Bands and chunks of so many pixels are products as efficient as a whole map's.
+constexpr int64_t kEnoughPixels = 84;
+
 // Output rows a step: as many as keep one panel's ring in L1. Output rows a chunk: as many as keep the hidden channels in L2,
-// and beside them what comes in and goes out, where that is more (ShuffleNet's units read a row again, for its residual).
+// and beside them what comes in and goes out, where that is more (ShuffleNet's units read a row again, for its residual), but
+// no fewer than make an efficient product.
 FASTBLOCKS_INLINE void choose_rows(BlockParams& p, bool slices) {
   const int64_t ring_floats = 5 * 1024, hidden_floats = 80 * 1024, all_floats = 96 * 1024;
   const int64_t row_floats = (p.width + 2 * p.padding) * kPanelVectors * kLanes;
@@ -295,8 +299,8 @@ FASTBLOCKS_INLINE void choose_rows(BlockParams& p, bool slices) {
   const int64_t out_floats = p.out_width * p.out_channels * (p.other.data ? 2 : 1);
   const int64_t passing_floats = p.expand_weight ? p.stride * p.width * p.in_channels + out_floats : 0;
   const int64_t height = slices ? p.out_height : divide_up(p.out_height, p.bands);
-  const int64_t chunk =
-      smaller(height, larger(1, smaller(hidden_floats / chunk_floats, all_floats / (chunk_floats + passing_floats))));
+  const int64_t room = larger(all_floats / (chunk_floats + passing_floats), divide_up(kEnoughPixels, p.out_width));
+  const int64_t chunk = smaller(height, larger(1, smaller(hidden_floats / chunk_floats, room)));
   p.chunk_rows = divide_up(height, divide_up(height, chunk));  // chunks of equal height
   const int64_t limit = slices ? p.out_height : p.chunk_rows;
   const int64_t step = larger(1, (ring_floats / row_floats - p.kernel) / p.stride + 1);
@@ -317,10 +321,10 @@ inline void block_prepare(void* params, int threads, Work* work) {
   // An odd number of cache lines a pixel: the pixels of a column then spread over all sets of the cache.
   p.hidden_stride = (divide_up(layout.padded(), 16) | 1) * 16;
   const bool whole_images = threads == 1 || p.images % threads == 0 || p.images >= 4 * threads;
-  // Bands of so many pixels are products as efficient as a map's, and spare a wait between expansion and projection. That
-  // repays the rows at the seam, and weights that each thread reads.
-  const int64_t enough = 84;
-  const bool slices = !whole_images && p.out_height * p.out_width < 28 * 28 && p.out_height / threads * p.out_width < enough;
+  // Large enough bands spare a wait between expansion and projection. That repays the rows at the seam, and weights that each
+  // thread reads.
+  const bool slices =
+      !whole_images && p.out_height * p.out_width < 28 * 28 && p.out_height / threads * p.out_width < kEnoughPixels;
   p.bands = slices ? 0 : whole_images ? 1 : smaller(p.out_height, threads);
   choose_rows(p, slices);
   p.pixel_block = 0, p.pool_items = 0;
