@@ -288,8 +288,8 @@ inline void block_project_run(const void* params, int64_t begin, int64_t end, ch
 constexpr int64_t kEnoughPixels = 84;
 
 // Output rows a step: as many as keep one panel's ring in L1. Output rows a chunk: as many as keep the hidden channels in L2,
-// and beside them what comes in and goes out, where that is more (ShuffleNet's units read a row again, for its residual), but
-// no fewer than make an efficient product.
+// and beside them what comes in and goes out, where that is more (ShuffleNet's units read a row again, for its residual); these
+// leave a chunk the pixels of an efficient product.
 FASTBLOCKS_INLINE void choose_rows(BlockParams& p, bool slices) {
   const int64_t ring_floats = 5 * 1024, hidden_floats = 80 * 1024, all_floats = 96 * 1024;
   const int64_t row_floats = (p.width + 2 * p.padding) * kPanelVectors * kLanes;
