@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +19,12 @@ import fastblocks
 from fastblocks import ConvBNAct, InvertedResidual
 from fastblocks.backends import reference, state
 from fastblocks.functional import ConvBN, training
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays; without this, a collection of the garbage looks through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 def _tiers() -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from collections.abc import Callable
@@ -100,11 +101,9 @@ def test_inverted_residual_in_the_papers_measure() -> None:
 
 
 _SCRATCH = """
-import sys, torch, fastblocks
-torch.set_num_threads(int(sys.argv[1]))
-block = eval("fastblocks." + sys.argv[2]).eval()
-def run(batch, size):
-    x = torch.randn(batch, int(sys.argv[3]), size, size).contiguous(memory_format=torch.channels_last)
+import ast, os, sys, torch, fastblocks
+def run(block, batch, channels, size):
+    x = torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
     before = fastblocks.memory_stats()
     y = block(x)
     after = fastblocks.memory_stats()
@@ -112,28 +111,53 @@ def run(batch, size):
     assert size == 4 or y.numel() * 4 <= output <= 1.25 * y.numel() * 4, (y.shape, output)
     assert after["peak_active_bytes"] > before["peak_active_bytes"]
     return after["peak_active_bytes"] - after["active_bytes"]
-with torch.no_grad():
-    run(1, 4)  # packs the weights
-    print(*(run(batch, int(sys.argv[4])) for batch in (torch.get_num_threads(), 8)))
+@torch.no_grad()
+def measure(threads, module, channels, size):
+    torch.set_num_threads(threads)
+    block = eval("fastblocks." + module).eval()
+    run(block, 1, channels, 4)  # packs the weights
+    return [run(block, batch, channels, size) for batch in (threads, 8)]
+for threads, block in ast.literal_eval(sys.argv[1]):
+    if os.fork() == 0:
+        print((threads, block), measure(threads, *block), sep=": ", end=", ", flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
 """
 
+Block = tuple[str, int, int]
+"""What makes it, its channels, and the pixels of a side."""
 
-def scratch(threads: int, block: str, channels: int, size: int) -> list[int]:
-    """Bytes beside input, output and packed weights, for a batch of an image a thread and one of 8, in a fresh process.
+Scratch = dict[tuple[int, Block], list[int]]
+"""Bytes by threads and block."""
 
-    Threads that share an image take less: each has rows for its part only.
+_EXPANDING: Block = ("InvertedResidual(16, 24, 2, 6)", 16, 112)
+_BLOCKS: list[tuple[Block, int]] = [
+    (("DepthwiseSeparableConv(32, 64)", 32, 112), 0),
+    (("ShuffleUnit(240, 240, 1, 3)", 240, 28), 0),
+    (("ShuffleUnit(240, 480, 2, 3)", 240, 56), 0),
+    (("ShuffleUnitV2(116, 116, 1)", 116, 28), 0),
+    (("ShuffleUnitV2(116, 232, 2)", 116, 56), 4 * 116 * 28 * 28),
+]
+
+
+@pytest.fixture(scope="module")
+def scratch() -> Scratch:
+    """Beside input, output and packed weights, for a batch of an image a thread and one of 8.
+
+    Each is taken in a process of its own. Threads that share an image take less: each has rows for its part only.
     """
-    command = [sys.executable, "-c", _SCRATCH, *map(str, (threads, block, channels, size))]
+    asked = [(threads, block) for threads in (1, 2) for block in (_EXPANDING, *(block for block, _ in _BLOCKS))]
+    command = [sys.executable, "-c", _SCRATCH, repr(asked)]
     done = subprocess.run(command, timeout=120, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return [int(word) for word in done.stdout.split()]
+    return ast.literal_eval(f"{{{done.stdout}}}")
 
 
 @native_only
 @pytest.mark.parametrize("threads", [1, 2])
-def test_scratch_of_the_fused_inverted_residual(threads: int) -> None:
+def test_scratch_of_the_fused_inverted_residual(scratch: Scratch, threads: int) -> None:
     """The kernel takes far less than the expanded tensor of 4.8 MB; each thread has rows of its own."""
-    one, eight = scratch(threads, "InvertedResidual(16, 24, 2, 6)", 16, 112)
+    one, eight = scratch[threads, _EXPANDING]
     expanded = 4 * 96 * 112 * 112
     assert 0 < one < threads * expanded / 8
     assert eight < threads * expanded / 8
@@ -141,22 +165,13 @@ def test_scratch_of_the_fused_inverted_residual(threads: int) -> None:
 
 @native_only
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(
-    ("block", "channels", "size", "left"),
-    [
-        ("DepthwiseSeparableConv(32, 64)", 32, 112, 0),
-        ("ShuffleUnit(240, 240, 1, 3)", 240, 28, 0),
-        ("ShuffleUnit(240, 480, 2, 3)", 240, 56, 0),
-        ("ShuffleUnitV2(116, 116, 1)", 116, 28, 0),
-        ("ShuffleUnitV2(116, 232, 2)", 116, 56, 4 * 116 * 28 * 28),
-    ],
-)
-def test_scratch_does_not_grow_with_the_batch(threads: int, block: str, channels: int, size: int, left: int) -> None:
+@pytest.mark.parametrize(("block", "left"), _BLOCKS, ids=lambda value: value[0] if isinstance(value, tuple) else "")
+def test_scratch_does_not_grow_with_the_batch(scratch: Scratch, threads: int, block: Block, left: int) -> None:
     """Rows of a thread's own are what the kernel takes, and `left` bytes an image: a left branch's result.
 
     Beside them scaled weights, which a larger batch repays.
     """
-    few, eight = scratch(threads, block, channels, size)
+    few, eight = scratch[threads, block]
     assert 0 < few < threads * (750_000 + 1.25 * left)
     assert eight <= few + (8 - threads) * 1.25 * left + 64_000
 
