@@ -22,6 +22,8 @@ from fastblocks.bench.study import study as run_study
 from fastblocks.bench.study.counting import by_kind, operations
 from fastblocks.cli.study import study as command
 
+pytestmark = pytest.mark.xdist_group("study")  # one process measures it for all of these
+
 MOBILENET = [
     (32, 64, 112), (64, 128, 56), (128, 128, 56), (128, 256, 28), (256, 256, 28), (256, 512, 14),
     *[(512, 512, 14)] * 5, (512, 1024, 7), (1024, 1024, 7),

@@ -21,6 +21,8 @@ from studies import KEYS, Study
 from fastblocks.bench.study import CLAIMS, output
 from fastblocks.cli import main
 
+pytestmark = pytest.mark.xdist_group("study")  # one process measures it for all of these
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 # --------------------------------------------------------------------------------------------------- files and the page
@@ -135,7 +137,8 @@ def test_a_disk_that_is_full_is_one_line(
 
 def test_the_page_in_docs_is_what_its_file_says(tmp_path: Path) -> None:
     """docs/study.md is written by the command, of docs/study/study.json."""
-    output.write_docs(output.read(str(DOCS / "study" / "study.json")), tmp_path)
+    result = output.read(str(DOCS / "study" / "study.json"))
+    output.write_docs(result, output.draw(result), tmp_path)
     text = (DOCS / "study.md").read_text("utf-8")
     assert text == (tmp_path / "study.md").read_text("utf-8")
     shown = set(re.findall(r"study/[\w-]+\.png", text))

@@ -18,6 +18,8 @@ from studies import Study, claim
 from fastblocks.bench.errors import BenchError
 from fastblocks.bench.study import guidelines, networks, timing
 
+pytestmark = pytest.mark.xdist_group("study")  # one process measures it for all of these
+
 # ------------------------------------------------------------------------------------------------------------- timing
 
 

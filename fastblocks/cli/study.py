@@ -80,9 +80,10 @@ def study(
     result = output.read(load, only) if load else _measured(only, seconds)
     if machine is not None:
         result["facts"]["machine"] = machine
-    paths = output.write(result, folders[0])
+    pictures = output.draw(result)
+    paths = output.write(result, pictures, folders[0])
     if docs is not None:
-        paths += output.write_docs(result, folders[1])
+        paths += output.write_docs(result, pictures, folders[1])
     if as_json:
         print_json(result)
     else:

@@ -16,7 +16,7 @@ from fastblocks.bench.study.claim import Claim
 from fastblocks.bench.study.run import CLAIMS, FORMAT, verdict
 from fastblocks.bench.words import counted, stem, torch_version
 
-__all__ = ["read", "write", "write_docs"]
+__all__ = ["draw", "read", "write", "write_docs"]
 
 TITLE = "The papers' claims, measured"
 FACTS = {"cpu": str, "torch": str, "fastblocks": str, "date": str, "threads": int}
@@ -54,8 +54,13 @@ def read(path: str, keys: Sequence[str] = ()) -> Result:
     return {**result, "claims": {key: entry for key, entry in claims.items() if not keys or key in keys}}
 
 
-def write(result: Result, out: Path) -> list[Path]:
-    """Write ``study-CPU-torchVERSION-DATE.json`` and ``.html``, and a chart for each claim beside them.
+def draw(result: Result) -> dict[str, Picture]:
+    """A chart for each claim that was measured, by the claim's key."""
+    return {claim.key: claim.picture(entry["measured"]) for claim, entry in _entries(result) if "error" not in entry}
+
+
+def write(result: Result, pictures: Mapping[str, Picture], out: Path) -> list[Path]:
+    """Write ``study-CPU-torchVERSION-DATE.json`` and ``.html``, and the charts that `draw` made beside them.
 
     Returns:
         The paths, JSON and page first. A study of a few claims has their names in its files' names.
@@ -65,7 +70,6 @@ def write(result: Result, out: Path) -> list[Path]:
     """
     name = _stem(result)
     paths = [out / f"{name}.json", out / f"{name}.html"]
-    pictures = _pictures(result)
     with told_of("--out", out):
         replace_text(paths[0], _json(result))
         replace_text(paths[1], _page(result, pictures))
@@ -74,14 +78,13 @@ def write(result: Result, out: Path) -> list[Path]:
     return paths
 
 
-def write_docs(result: Result, docs: Path) -> list[Path]:
+def write_docs(result: Result, pictures: Mapping[str, Picture], docs: Path) -> list[Path]:
     """Write a page of documentation, ``study.md``, and into ``study/`` the JSON file and charts of stable names.
 
     Raises:
         BenchError: a file cannot be written.
     """
     below = folder(docs / "study", "--docs")
-    pictures = _pictures(result)
     paths = [docs / "study.md", below / "study.json"]
     with told_of("--docs", docs):
         replace_text(paths[1], _json(result))
@@ -106,10 +109,6 @@ def _entries(result: Mapping[str, Any]) -> Iterator[tuple[Claim, dict[str, Any]]
 def _stem(result: Mapping[str, Any]) -> str:
     keys = [] if len(result["claims"]) == len(CLAIMS) else list(result["claims"])
     return stem(["study", *keys], result["facts"])
-
-
-def _pictures(result: Mapping[str, Any]) -> dict[str, Picture]:
-    return {claim.key: claim.picture(entry["measured"]) for claim, entry in _entries(result) if "error" not in entry}
 
 
 def _page(result: Mapping[str, Any], pictures: Mapping[str, Picture]) -> str:
