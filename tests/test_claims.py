@@ -101,7 +101,7 @@ def test_inverted_residual_in_the_papers_measure() -> None:
 
 
 _SCRATCH = """
-import ast, os, sys, torch, fastblocks
+import ast, os, sys, torch
 def run(block, batch, channels, size):
     x = torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
     before = fastblocks.memory_stats()
@@ -113,6 +113,8 @@ def run(block, batch, channels, size):
     return after["peak_active_bytes"] - after["active_bytes"]
 @torch.no_grad()
 def measure(threads, module, channels, size):
+    global fastblocks
+    import fastblocks  # not before the fork: a child of a process that has it takes one thread
     torch.set_num_threads(threads)
     block = eval("fastblocks." + module).eval()
     run(block, 1, channels, 4)  # packs the weights
@@ -150,7 +152,9 @@ def scratch() -> Scratch:
     command = [sys.executable, "-c", _SCRATCH, repr(asked)]
     done = subprocess.run(command, timeout=120, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return ast.literal_eval(f"{{{done.stdout}}}")
+    found: Scratch = ast.literal_eval(f"{{{done.stdout}}}")
+    assert all(found[2, block][1] > found[1, block][1] for _, block in found)  # so both threads took part
+    return found
 
 
 @native_only
