@@ -44,10 +44,10 @@ void run_steps(const std::vector<Step>& steps) {
   std::vector<std::pair<float**, int64_t>> shared;
   size_t worker_bytes = 0;
   int64_t floats = 0;
-  for (const auto& [op, params, after_all] : steps) {
+  for (const auto& [op, params, room] : steps) {
     Work work{};
     op->prepare(params, workers, &work);
-    work.phases[0].after_all = after_all;
+    work.phases[0].room = room;
     phases.insert(phases.end(), work.phases, work.phases + work.count);
     worker_bytes = std::max(worker_bytes, work.worker_bytes);
     if (work.shared) shared.push_back({work.shared, floats});
@@ -62,7 +62,7 @@ void run_steps(const std::vector<Step>& steps) {
     // Alone, it is not worth a phase.
     const bool one = beginnings.size() < 2;
     if (one && !beginnings.empty()) begin_run(beginnings.data(), 0, 1, nullptr);
-    phases[0] = {begin_run, beginnings.data(), (int64_t)beginnings.size(), 0, false};
+    phases[0] = {begin_run, beginnings.data(), (int64_t)beginnings.size(), 0};
     done = run(phases.data() + one, (int)phases.size() - one, worker_bytes, workers);
   }
   if (!done) throw std::bad_alloc();
@@ -145,17 +145,15 @@ std::unique_ptr<Call> make_call(PyObject* function, PyObject* const* args, Py_ss
 
 bool bind_calls(Bound& b, PyObject* input, const Fits& fits) {
   Value value{view(input), input, {}};
-  // Each output takes the memory of the last but one. An item of an image runs when that image and those before it are done
-  // with all calls before; what it writes there cannot reach a later image that is still read, if this output is no larger than
-  // the one that was there.
+  // Each output takes the memory of the last but one, and may overwrite what the call before still reads: that waits (Phase).
   b.floats[0] = b.floats[1] = 0;
-  int64_t there[2] = {-1, -1};
+  int64_t held[2] = {0, 0};
   const size_t last = b.calls.size() - 1;
-  b.after_all.assign(b.calls.size(), false);
+  b.rooms.assign(b.calls.size(), Room());
   const auto keep = [&](size_t i, const TensorView& v) {
     const int64_t floats = v.size[0] * v.size[1] * v.size[2] * v.size[3];
-    b.after_all[i] = there[i % 2] >= 0 && floats > there[i % 2];
-    there[i % 2] = floats;
+    if (held[i % 2] > 0) b.rooms[i] = {floats, held[i % 2]};
+    held[i % 2] = floats;
     b.floats[i % 2] = std::max(b.floats[i % 2], floats);
   };
   // Only the first call can be absorbed: a later one's input lies in memory that the absorbing call writes to.
@@ -187,7 +185,7 @@ Ref run_bound(const Bound& b, float* input) {
   for (size_t i = 0; i <= last; ++i) {
     const size_t first_step = steps.size();
     b.calls[i]->steps(steps);
-    if (b.after_all[i] && steps.size() > first_step) steps[first_step].after_all = true;
+    if (steps.size() > first_step) steps[first_step].room = b.rooms[i];
   }
   run_steps(steps);
   for (const auto& call : b.calls) call->finish();

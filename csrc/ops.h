@@ -23,7 +23,7 @@ struct Value {
 struct Step {
   const Op* op;
   void* params;
-  bool after_all = false;  // even where it needs less: what it writes to may still be read
+  Room room = {};  // of its output
 };
 
 // One call of an op. First it reads its arguments (make_call), then the input's sizes (bind), then it is told where input and
@@ -60,9 +60,9 @@ void run_steps(const std::vector<Step>& steps);
 struct Bound {
   std::vector<std::unique_ptr<Call>> calls;
   TensorView out;
-  int64_t floats[2];            // of the two memories that outputs between them take turns in
-  std::vector<bool> after_all;  // a call, whose output is larger than what was in its memory before
-  bool absorbed;                // the first call's output is none
+  int64_t floats[2];        // of the two memories that outputs between them take turns in
+  std::vector<Room> rooms;  // of each call's output
+  bool absorbed;            // the first call's output is none
 };
 
 // Binds calls. Where `fits`, if given, says that an input is not good for its call, the result is false.

@@ -27,11 +27,18 @@ void relax() {
 #endif
 }
 
+// One worker's share of a phase's items: the same part of every phase, so that it finds in its own caches what it made before.
+struct alignas(128) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+  Share(int64_t worker, int64_t workers, int64_t items) : next(worker * items / workers), end((worker + 1) * items / workers) {}
+};
+
 // The counters of one phase stand alone in their cache lines.
 struct alignas(128) Progress {
-  std::atomic<int64_t> next{0};
-  alignas(64) std::atomic<int64_t> done{0};
+  std::atomic<int64_t> done{0};
   std::atomic<int64_t>* done_of = nullptr;  // each image, where the next phase asks for it
+  Share* shares = nullptr;                  // of each worker
 };
 
 struct Run {
@@ -41,7 +48,6 @@ struct Run {
   char* scratch;
   size_t worker_bytes;
   Progress* progress;
-  std::atomic<int> arrived{0};
 };
 
 // A wait is short where all workers run; where the machine has fewer free cores than workers the others need this one.
@@ -58,30 +64,36 @@ void wait_until_done(const std::atomic<int64_t>& done, int64_t items) {
 
 // Whether items of a phase wait for no more of the phase before than for their image and those before it.
 bool by_image(const Phase& before, const Phase& phase) {
-  return !phase.after_all && phase.images > 1 && phase.images == before.images;
+  return phase.room.writes <= phase.room.held && phase.images > 1 && phase.images == before.images;
 }
 
 // One worker. It never waits for a worker that has not started, only for items that somebody has begun: it cannot deadlock
 // however few callbacks the pool really runs.
-void work(int64_t, int64_t, void* context) noexcept {
+void work(int64_t begin, int64_t, void* context) noexcept {
   Run& r = *static_cast<Run*>(context);
-  const int slot = r.arrived.fetch_add(1, std::memory_order_relaxed);
-  if (slot >= r.workers) return;
-  char* scratch = r.scratch + slot * r.worker_bytes;
+  const int64_t self = begin;
+  char* scratch = r.scratch + self * r.worker_bytes;
   for (int i = 0; i < r.count; ++i) {
     const Phase& phase = r.phases[i];
     Progress& progress = r.progress[i];
     const std::atomic<int64_t>* const before = i > 0 ? r.progress[i - 1].done_of : nullptr;
     if (i > 0 && !before) wait_until_done(r.progress[i - 1].done, r.phases[i - 1].items);
-    int64_t ready = 0;  // images that the phase before has completed
-    for (;;) {
-      const int64_t item = progress.next.fetch_add(1, std::memory_order_relaxed);
-      if (item >= phase.items) break;
-      const int64_t image = phase.images > 0 ? item / (phase.items / phase.images) : 0;
-      for (; before && ready <= image; ++ready) wait_until_done(before[ready], r.phases[i - 1].items / phase.images);
-      phase.run(phase.params, item, item + 1, scratch);
-      if (progress.done_of) progress.done_of[image].fetch_add(1, std::memory_order_release);
-      progress.done.fetch_add(1, std::memory_order_release);
+    int64_t ready = -1;                                    // an image that it need not ask for again
+    for (int64_t other = 0; other < r.workers; ++other) {  // its own share, and then what the others have left of theirs
+      Share& share = progress.shares[(self + other) % r.workers];
+      for (;;) {
+        const int64_t item = share.next.fetch_add(1, std::memory_order_relaxed);
+        if (item >= share.end) break;
+        const int64_t image = phase.images > 0 ? item / (phase.items / phase.images) : 0;
+        if (before && image != ready) {
+          for (int64_t needed = image * phase.room.writes / phase.room.held; needed <= image; ++needed)
+            wait_until_done(before[needed], r.phases[i - 1].items / phase.images);
+          ready = image;
+        }
+        phase.run(phase.params, item, item + 1, scratch);
+        if (progress.done_of) progress.done_of[image].fetch_add(1, std::memory_order_release);
+        progress.done.fetch_add(1, std::memory_order_release);
+      }
     }
   }
 }
@@ -116,12 +128,18 @@ bool run(const Phase* phases, int count, size_t worker_bytes, int workers) {
   int64_t counters = 0;
   for (int i = 0; i + 1 < count; ++i)
     if (by_image(phases[i], phases[i + 1])) counters += phases[i].images;
-  const size_t progress_bytes = (count + 1) * sizeof(Progress) + (counters * sizeof(std::atomic<int64_t>) + 63) / 64 * 64;
+  const size_t progress_bytes = (count + 1) * sizeof(Progress) + (size_t)count * workers * sizeof(Share) +
+                                (counters * sizeof(std::atomic<int64_t>) + 63) / 64 * 64;
   char* memory = static_cast<char*>(acquire_slab(progress_bytes + r.worker_bytes * workers));
   if (!memory) return false;
   r.progress = reinterpret_cast<Progress*>(((uintptr_t)memory + alignof(Progress) - 1) / alignof(Progress) * alignof(Progress));
-  for (int i = 0; i < count; ++i) new (r.progress + i) Progress;
-  auto* counter = reinterpret_cast<std::atomic<int64_t>*>(r.progress + count);
+  auto* share = reinterpret_cast<Share*>(r.progress + count);
+  for (int i = 0; i < count; ++i) {
+    new (r.progress + i) Progress;
+    r.progress[i].shares = share;
+    for (int64_t worker = 0; worker < workers; ++worker) new (share++) Share(worker, workers, phases[i].items);
+  }
+  auto* counter = reinterpret_cast<std::atomic<int64_t>*>(share);
   for (int i = 0; i + 1 < count; ++i) {
     if (!by_image(phases[i], phases[i + 1])) continue;
     r.progress[i].done_of = counter;

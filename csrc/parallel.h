@@ -20,9 +20,9 @@ void forget_thread_pool_after_fork();
 // How many workers a run() called now would have.
 int worker_count();
 
-// Runs the phases in order. Workers take items from one counter a phase. Before they run an item, they wait until what it needs
-// of the phase before is completed: all items, or those of its image and of the images before it (params.h). Returns false when
-// there was no memory for scratch. Does not throw.
+// Runs the phases in order. Each worker has a share of a phase's items, the same part of every phase; when it is done it takes
+// what others have left. Before a worker runs an item, it waits until what it needs of the phase before is completed: all
+// items, or those of some images (params.h). Returns false when there was no memory for scratch. Does not throw.
 bool run(const Phase* phases, int count, size_t worker_bytes, int workers);
 
 }  // namespace fastblocks

@@ -75,6 +75,26 @@ def test_grouped_whole_numbers_are_exact(tier: str) -> None:
                 assert torch.equal(y, want), (groups, fan, out, shuffle)
 
 
+def test_more_than_one_step(tier: str) -> None:
+    """Pixels and panels beyond what a step makes at a time, in items of every kind; some with a last step of another size."""
+    shapes = ((1, 4, 1500), (2, 5, 400), (2, 5, 393), (3, 4, 331), (4, 6, 150), (8, 3, 200), (8, 13, 9), (30, 2, 25))
+    former = torch.get_num_threads()
+    try:
+        for (groups, fan, out), (n, h, w) in itertools.product(shapes, ((1, 7, 7), (1, 9, 11), (2, 13, 15), (3, 14, 14))):
+            conv = integer_record(groups * out, fan, bias=True)
+            x = integers(n, groups * fan, h, w).contiguous(memory_format=CL)
+            want = torch.relu(stock(x, conv, groups))
+            residual = integers(*want.shape)
+            for threads, shuffle in itertools.product((1, 2, 3), sorted({1, groups, out})):
+                torch.set_num_threads(threads)
+                y = F.grouped_pointwise_conv_bn_act(x, conv, groups=groups, shuffle=shuffle, activation="relu")
+                assert torch.equal(y, nn.ChannelShuffle(shuffle)(want)), (groups, fan, out, n, h, w, threads, shuffle)
+            y = F.grouped_pointwise_conv_bn_act(x, conv, groups=groups, shuffle=groups, residual=residual)
+            assert torch.equal(y, nn.ChannelShuffle(groups)(stock(x, conv, groups) + residual))
+    finally:
+        torch.set_num_threads(former)
+
+
 def test_the_residual_comes_before_the_shuffle(backend: str) -> None:
     x = torch.zeros(1, 4, 1, 1)
     conv = ConvBN(torch.zeros(4, 2, 1, 1))

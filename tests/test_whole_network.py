@@ -52,6 +52,22 @@ def test_equal_to_its_parts(name: str, tier: str) -> None:
     assert in_one_go(model) == tier.startswith("native")
 
 
+@pytest.mark.parametrize("name", ["mobilenet_v1", "shufflenet_v2_x1_0"])
+def test_images_run_apart_from_each_other(name: str) -> None:
+    """More threads than cores, each with its own images: none writes where another, far behind, still reads."""
+    model = network(name)
+    x = torch.randn(8, 3, 96, 96).contiguous(memory_format=torch.channels_last)
+    former = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = model(x)
+        for threads in (3, 4, 6):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(model(x), want) for _ in range(60))
+    finally:
+        torch.set_num_threads(former)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_two_threads_give_what_one_gives(name: str) -> None:
     """Items are cut by the number of threads; what each computes is not."""

@@ -55,6 +55,9 @@ FASTBLOCKS_INLINE bool expands(const BlockParams& p) { return p.expand_weight ||
 
 FASTBLOCKS_INLINE bool by_slices(const BlockParams& p) { return p.bands == 0; }
 
+// Pixels that go through the scratch of a shuffle at a time: they stay in L1.
+FASTBLOCKS_INLINE int64_t shuffle_pixels(int64_t channels) { return larger(6, 6 * 1024 / larger(channels, 1)); }
+
 // The left operand of a projection behind a shuffle is laid out anew, so many pixels at a time; so are results that are to be
 // interleaved with others.
 FASTBLOCKS_INLINE int64_t project_pixels(const BlockParams& p) {

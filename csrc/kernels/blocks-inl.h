@@ -263,7 +263,7 @@ inline void block_slices_run(const void* params, int64_t begin, int64_t end, cha
       clear_ring(p, s.ring, lanes);
       block_slice(p, shared, s, lanes == kPanelVectors * kLanes ? pair : other, image, panel, s.ring, from, to, 0,
                   hidden + from * p.out_width * p.hidden_stride,
-                  next_panel(panel, (rest + p.workers) / p.slice_parts, layout.count(), p.expand_groups));
+                  next_panel(panel, (rest + 1) / p.slice_parts, layout.count(), p.expand_groups));
     }
   }
 }
@@ -280,7 +280,7 @@ inline void block_project_run(const void* params, int64_t begin, int64_t end, ch
     const int64_t pixel = rest % p.pixel_blocks * p.pixel_block, panel = rest / p.pixel_blocks * p.panel_block;
     block_project(p, shared, s, image, pixel, smaller(p.pixel_block, map - pixel),
                   shared.hidden + (image * map + pixel) * p.hidden_stride, panel, smaller(panel + p.panel_block, panel_count),
-                  {}, next_panel(panel, (rest + p.workers) / p.pixel_blocks * p.panel_block, panel_count, p.groups));
+                  {}, next_panel(panel, (rest + 1) / p.pixel_blocks * p.panel_block, panel_count, p.groups));
   }
 }
 
@@ -341,15 +341,14 @@ inline void block_prepare(void* params, int threads, Work* work) {
     p.panel_block *= unit;
     p.pool_items = p.pooled.data ? threads : 0;
     p.slice_parts = slice_parts(p, p.images * layout.count(), threads);
-    p.workers = threads;
     work->count = 2;
-    work->phases[0] = {block_slices_run, &p, p.images * (layout.count() * p.slice_parts + p.pool_items), p.images, false};
-    work->phases[1] = {block_project_run, &p, p.images * p.pixel_blocks * p.panel_blocks, p.images, false};
+    work->phases[0] = {block_slices_run, &p, p.images * (layout.count() * p.slice_parts + p.pool_items), p.images};
+    work->phases[1] = {block_project_run, &p, p.images * p.pixel_blocks * p.panel_blocks, p.images};
     // interleaving reads whole vectors
     floats += p.images * p.out_height * p.out_width * p.hidden_stride + 16;
   } else {
     work->count = 1;
-    work->phases[0] = {block_bands_run, &p, p.images * p.bands, p.images, false};
+    work->phases[0] = {block_bands_run, &p, p.images * p.bands, p.images};
   }
   work->shared_bytes = floats * sizeof(float);
   work->shared = &p.shared;

@@ -119,7 +119,7 @@ inline void conv_prepare(void* params, int threads, Work* work) {
   ConvParams& p = *static_cast<ConvParams*>(params);
   p.bands = threads > 1 ? smaller(p.out_height, divide_up(4 * (int64_t)threads, p.images)) : 1;
   work->count = p.absorbed ? 0 : 1;
-  work->phases[0] = {conv_run, &p, p.images * p.bands, p.images, false};
+  work->phases[0] = {conv_run, &p, p.images * p.bands, p.images};
   conv_scratch(p, nullptr, &work->worker_bytes);
   const int64_t depth = p.in_channels * p.kernel[0] * p.kernel[1];
   p.fold = fold_pays(p.images * p.out_height * p.out_width, depth);

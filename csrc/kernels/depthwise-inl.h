@@ -223,7 +223,7 @@ inline void depthwise_prepare(void* params, int threads, Work* work) {
   DepthwiseParams& p = *static_cast<DepthwiseParams*>(params);
   p.bands = threads > 1 ? smaller(p.out_height, divide_up(4 * (int64_t)threads, p.images)) : 1;
   work->count = 1;
-  work->phases[0] = {depthwise_run, &p, p.images * p.bands, p.images, false};
+  work->phases[0] = {depthwise_run, &p, p.images * p.bands, p.images};
   work->worker_bytes = p.kernel[0] * sizeof(float*);
   work->shared_bytes = folded_depthwise_floats(p.channels, p.kernel[0] * p.kernel[1]) * sizeof(float);
   work->shared = &p.shared;

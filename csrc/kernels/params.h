@@ -37,15 +37,22 @@ struct Image {
 // A part of an op: `items` independent pieces of work. run() may be called from any thread, with any range of items; `scratch`
 // is the calling worker's own memory.
 //
+// How many floats a phase's output has, and how many there were where it goes, which may still be read; see Phase.
+struct Room {
+  int64_t writes = 1, held = 1;
+};
+
 // `images`: 0 where an item may need all that the phase before made. Else the items come image by image, as many each, and an
 // item neither reads nor writes anything of another image. Between two such phases of as many images nobody waits for the end
-// of the first, unless the second is to come `after_all`.
+// of the first: an item waits for its image, and for those that lay where its own goes. They are images before it, as long as
+// the output has no more floats than there were (image i goes to where i * writes / held and those behind it lay); where it has
+// more, all are waited for.
 struct Phase {
   void (*run)(const void* params, int64_t begin, int64_t end, char* scratch) noexcept;
   const void* params;
   int64_t items;
   int64_t images;
-  bool after_all;
+  Room room = {};
 };
 
 constexpr int kMaxPhases = 4;
@@ -76,7 +83,8 @@ struct PointwiseParams {
   float* shared;
   // set by prepare
   bool fold;
-  int64_t pixel_block, panel_block, pixel_blocks, workers;
+  int64_t pixel_block, panel_block, pixel_blocks;
+  int64_t step_pixels, step_panels;  // of groups, and of what is shuffled
 };
 
 struct DepthwiseParams {
@@ -129,7 +137,7 @@ struct BlockParams {
   // set by prepare
   bool fold_expand, fold_project;
   int64_t bands, chunk_rows, step_rows, hidden_stride, pixel_block, pixel_blocks, panel_block, panel_blocks, pool_items,
-      slice_parts, workers;
+      slice_parts;
 };
 
 struct PoolParams {

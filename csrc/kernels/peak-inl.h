@@ -32,7 +32,7 @@ inline void peak_prepare(void* params, int threads, Work* work) {
   PeakParams& p = *static_cast<PeakParams*>(params);
   p.flops = 2.0 * kLanes * kPeakChains * p.steps * threads;
   work->count = 1;
-  work->phases[0] = {peak_run, &p, threads, 0, false};
+  work->phases[0] = {peak_run, &p, threads, 0};
   work->worker_bytes = 0;
   work->shared_bytes = 0;
   work->shared = nullptr;

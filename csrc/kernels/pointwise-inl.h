@@ -12,51 +12,74 @@ FASTBLOCKS_INLINE GroupedProduct pointwise_product(const PointwiseParams& p) {
   return {p.groups, p.out_channels / p.groups, p.in_channels / p.groups, p.fold};
 }
 
-// Pixels that go through the scratch of a shuffle at a time: they stay in L1.
-FASTBLOCKS_INLINE int64_t shuffle_pixels(int64_t channels) { return larger(6, 6 * 1024 / larger(channels, 1)); }
+// Groups, and what is shuffled, are made in steps.
+FASTBLOCKS_INLINE bool by_steps(const PointwiseParams& p) { return p.groups > 1 || p.shuffle != 1; }
 
-// The panel to fetch while an item computes its last one: that of the item that this worker draws next if all keep pace.
+constexpr int64_t kStepPixels = 64;
+
+// From pixel to pixel of a step's result: sums are stored, and interleaving reads, in whole vectors.
+FASTBLOCKS_INLINE int64_t shuffle_stride(int64_t channels) { return round_up(channels + kLanes, kLanes); }
+
+// The panel to fetch while an item computes its last one: that of the item that this worker draws next, as a rule.
 FASTBLOCKS_INLINE int64_t next_panel(int64_t panel, int64_t next, int64_t count, int64_t groups) {
   if (groups > 1) return kPanelBehind;
   return next == panel || next >= count ? kNoPanel : next;
 }
 
-// Pixels [m, m + pixels) of the panels [begin, end), counted over all groups. `next`: see gemm.
-inline void pointwise_block(const PointwiseParams& p, int64_t m, int64_t pixels, int64_t begin, int64_t end,
-                            const Destination& to, int64_t next = kPanelBehind) {
+// Pixels [m, m + pixels) of the panels [begin, end) of one group, to the group's channel 0. `next`: see gemm.
+FASTBLOCKS_INLINE void pointwise_group(const PointwiseParams& p, int64_t group, int64_t m, int64_t pixels, int64_t begin,
+                                       int64_t end, const Destination& to, bool pad, const Range& soon, int64_t next) {
   const GroupedProduct product = pointwise_product(p);
-  const int64_t count = Panels(product.channels).count;
-  for (int64_t g = begin / count; g * count < end; ++g) {
-    const int64_t channel = g * product.channels;
-    const Pixels left = {p.x + m * p.x_stride + g * product.depth, product.depth, p.x_stride, 1, nullptr};
-    const Epilogue e = {product.of(g, p.packed_weight, p.shared), p.clamp,
-                        p.residual ? p.residual + m * p.residual_stride + channel : nullptr, p.residual_stride, false};
-    gemm(left, pixels, product.channels, larger(begin - g * count, 0), smaller(end - g * count, count), e,
-         {to.data + channel, to.pixel_stride, nullptr}, {}, next);
+  const Pixels left = {p.x + m * p.x_stride + group * product.depth, product.depth, p.x_stride, 1, nullptr};
+  const float* residual = p.residual ? p.residual + m * p.residual_stride + group * product.channels : nullptr;
+  const Epilogue e = {product.of(group, p.packed_weight, p.shared), p.clamp, residual, p.residual_stride, pad};
+  gemm(left, pixels, product.channels, begin, end, e, to, soon, next);
+}
+
+// All groups' panels [begin, end) of some pixels, in steps. A pixel's channels lie apart, a group's a few lines: no prefetcher
+// of the hardware follows them, so each step fetches the next one's whole pixels.
+inline void pointwise_groups(const PointwiseParams& p, int64_t first, int64_t limit, int64_t begin, int64_t end,
+                             float* scratch) {
+  const Panels panels(pointwise_product(p).channels);
+  for (int64_t m = first; m < limit; m += p.step_pixels) {
+    const int64_t pixels = smaller(p.step_pixels, limit - m), behind = smaller(p.step_pixels, p.pixels - m - pixels);
+    const Range next = {behind > 0 ? p.x + (m + pixels) * p.x_stride : nullptr, behind * p.x_stride};
+    for (int64_t panel = begin; panel < end; panel += p.step_panels) {
+      const Range soon = panel == begin ? next : Range{nullptr, 0};
+      const int64_t panel_end = smaller(panel + p.step_panels, end), channel = panels.first_channel(panel);
+      if (p.shuffle == 1) {
+        for (int64_t g = 0; g < p.groups; ++g)
+          pointwise_group(p, g, m, pixels, panel, panel_end,
+                          {p.out + m * p.out_stride + g * panels.channels, p.out_stride, nullptr}, false,
+                          soon.part(g, p.groups), kPanelBehind);
+        continue;
+      }
+      // A group's padding is overwritten by the group behind it.
+      const int64_t width = panels.first_channel(panel_end - 1) + panels.valid(panel_end - 1) - channel;
+      const int64_t all = p.groups * width, stride = shuffle_stride(all);
+      for (int64_t g = 0; g < p.groups; ++g)
+        pointwise_group(p, g, m, pixels, panel, panel_end, {scratch + g * width - channel, stride, nullptr}, !p.residual,
+                        soon.part(g, p.groups), kPanelBehind);
+      for (int64_t i = 0; i < pixels; ++i)
+        interleave_streams<true>(scratch + i * stride, all / p.shuffle, p.shuffle, 0, all,
+                                 p.out + (m + i) * p.out_stride + channel * p.groups);
+    }
   }
 }
 
 inline void pointwise_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
   const PointwiseParams& p = *static_cast<const PointwiseParams*>(params);
-  const int64_t panel_count = pointwise_product(p).panels();
+  const int64_t panel_count = Panels(p.out_channels / p.groups).count;
   for (int64_t item = begin; item < end; ++item) {
     // Neighbouring items share the weights, which are the larger operand where they are not in cache.
     const int64_t first = item % p.pixel_blocks * p.pixel_block, panel = item / p.pixel_blocks * p.panel_block;
     const int64_t limit = smaller(first + p.pixel_block, p.pixels), panel_end = smaller(panel + p.panel_block, panel_count);
-    if (p.shuffle == 1) {
-      const int64_t next = (item + p.workers) / p.pixel_blocks * p.panel_block;
-      pointwise_block(p, first, limit - first, panel, panel_end, {p.out + first * p.out_stride, p.out_stride, nullptr},
-                      next_panel(panel, next, panel_count, p.groups));
-      continue;
-    }
-    const int64_t step = shuffle_pixels(p.out_channels);
-    float* scratch = reinterpret_cast<float*>(memory);
-    for (int64_t m = first; m < limit; m += step) {
-      const int64_t pixels = smaller(step, limit - m);
-      pointwise_block(p, m, pixels, 0, panel_count, {scratch, p.out_channels, nullptr});
-      for (int64_t i = 0; i < pixels; ++i)
-        interleave_streams<true>(scratch + i * p.out_channels, p.out_channels / p.shuffle, p.shuffle, 0, p.out_channels,
-                                 p.out + (m + i) * p.out_stride);
+    if (by_steps(p)) {
+      pointwise_groups(p, first, limit, panel, panel_end, reinterpret_cast<float*>(memory));
+    } else {
+      const int64_t next = (item + 1) / p.pixel_blocks * p.panel_block;
+      pointwise_group(p, 0, first, limit - first, panel, panel_end, {p.out + first * p.out_stride, p.out_stride, nullptr},
+                      false, {}, next_panel(panel, next, panel_count, 1));
     }
   }
 }
@@ -90,22 +113,42 @@ inline void cut_product(int64_t pixels, int64_t depth, int64_t panel_count, int 
   *panel_blocks = divide_up(panel_count, *panel_block);
 }
 
+// Steps of as many pixels as repay what a call of a product costs, and of as many panels as leave a step's result in L2. Only
+// where each group is a stream of the shuffle can its panels be interleaved by themselves.
+inline void choose_steps(PointwiseParams& p) {
+  const int64_t scratch_floats = 24 * 1024;
+  const bool whole = p.shuffle != 1 && p.shuffle != p.groups;
+  const int64_t most = whole ? smaller(kStepPixels, larger(6, scratch_floats / p.out_channels)) : kStepPixels;
+  p.step_pixels = divide_up(p.pixel_block, divide_up(p.pixel_block, most));
+  p.step_panels = p.panel_block;
+  if (p.shuffle == 1 || whole) return;
+  p.step_panels = smaller(p.step_panels, larger(1, scratch_floats / (p.step_pixels * p.groups * kPanelVectors * kLanes)));
+}
+
 inline void pointwise_prepare(void* params, int threads, Work* work) {
   PointwiseParams& p = *static_cast<PointwiseParams*>(params);
   p.fold = fold_pays(p.pixels, p.in_channels / p.groups);
   const GroupedProduct product = pointwise_product(p);
-  int64_t panel_blocks;
-  // A shuffled pixel is written whole.
-  const int64_t panels = p.shuffle == 1 ? product.panels() : 1;
-  cut_product(p.pixels, p.in_channels, panels, threads, &p.pixel_block, &p.pixel_blocks, &p.panel_block, &panel_blocks);
-  if (p.shuffle != 1 && threads > 1) {
-    p.pixel_block = divide_up(p.pixels, larger(p.pixel_blocks, smaller(p.pixels, 4 * (int64_t)threads)));
+  const int64_t panels = Panels(product.channels).count;
+  int64_t panel_blocks = 1, scratch = 0;
+  const int64_t blocks = smaller(4 * (int64_t)threads, p.pixels / (kStepPixels * 3 / 4)) / threads * threads;
+  if (by_steps(p) && (blocks > 0 || (p.shuffle != 1 && p.shuffle != p.groups))) {
+    // Whole pixels: what is written are whole lines, and what is read is read once.
+    p.pixel_block = divide_up(p.pixels, larger(blocks, smaller(p.pixels, threads)));
     p.pixel_blocks = divide_up(p.pixels, p.pixel_block);
+    p.panel_block = panels;
+  } else {
+    cut_product(p.pixels, p.in_channels, panels, threads, &p.pixel_block, &p.pixel_blocks, &p.panel_block, &panel_blocks);
   }
-  p.workers = threads;
+  if (by_steps(p)) {
+    choose_steps(p);
+    if (p.shuffle != 1)
+      scratch =
+          p.step_pixels * shuffle_stride(p.groups * smaller(product.channels, (p.step_panels * kPanelVectors + 1) * kLanes));
+  }
   work->count = 1;
-  work->phases[0] = {pointwise_run, &p, p.pixel_blocks * panel_blocks, 0, false};
-  work->worker_bytes = p.shuffle == 1 ? 0 : (shuffle_pixels(p.out_channels) * p.out_channels + 16) * sizeof(float);
+  work->phases[0] = {pointwise_run, &p, p.pixel_blocks * panel_blocks, 0};
+  work->worker_bytes = scratch * sizeof(float);
   work->shared_bytes = product.floats() * sizeof(float);
   work->shared = &p.shared;
 }

@@ -44,7 +44,7 @@ inline void pool_prepare(void* params, int threads, Work* work) {
   p.channel_block = round_up(divide_up(p.channels, parts), 4 * kLanes);
   p.channel_blocks = divide_up(p.channels, p.channel_block);
   work->count = 1;
-  work->phases[0] = {pool_run, &p, p.images * p.channel_blocks, p.images, false};
+  work->phases[0] = {pool_run, &p, p.images * p.channel_blocks, p.images};
   work->worker_bytes = 0;
   work->shared_bytes = 0;
   work->shared = nullptr;
@@ -215,7 +215,7 @@ inline void window_pool_prepare(void* params, int threads, Work* work) {
   const int64_t parts = (p.stem ? 2 : 4) * (int64_t)threads, most = p.stem ? larger(1, p.out_height / 2) : p.out_height;
   p.bands = threads > 1 ? smaller(most, divide_up(parts, p.images)) : 1;
   work->count = 1;
-  work->phases[0] = {p.stem ? stem_pool_run : window_pool_run, &p, p.images * p.bands, p.images, false};
+  work->phases[0] = {p.stem ? stem_pool_run : window_pool_run, &p, p.images * p.bands, p.images};
   work->worker_bytes = p.stem ? stem_rows(p, nullptr).bytes : 0;
   work->shared_bytes = 0;
   work->shared = nullptr;

@@ -141,7 +141,7 @@ inline void shuffle_prepare(void* params, int threads, Work* work) {
   p.past = bytes > kShufflePast;
   p.block = larger(1, divide_up(units, parts));
   work->count = 1;
-  work->phases[0] = {shuffle_run, &p, divide_up(units, p.block), 0, false};
+  work->phases[0] = {shuffle_run, &p, divide_up(units, p.block), 0};
   // the buffers, and a pixel more for each that is larger than one
   work->worker_bytes = p.past && !p.planar ? 2 * kShuffleBuffer + p.channels * sizeof(float) : 0;
   work->shared_bytes = 0;

@@ -71,25 +71,32 @@ const float* Plan::zeros(int64_t count) {
 
 void Plan::run_stage(const void* stage, int64_t begin, int64_t end, char* scratch) noexcept {
   for (int64_t item = begin; item < end; ++item) {
+    const Part* part = static_cast<const std::vector<Part>*>(stage)->data();
     int64_t at = item;
-    for (const Job& job : *static_cast<const std::vector<Job>*>(stage)) {
-      if (at < job.items) {
-        job.run(job.params, at, at + 1, scratch);
-        break;
-      }
-      at -= job.items;
-    }
+    for (; at >= part->items; ++part) at -= part->items;
+    part->job->run(part->job->params, part->begin + at, part->begin + at + 1, scratch);
   }
 }
 
 bool Plan::run() {
+  const int workers = worker_count();
+  std::vector<std::vector<Part>> stages;
   std::vector<Phase> phases;
+  stages.reserve(stages_.size());
   for (const auto& jobs : stages_) {
     int64_t items = 0;
-    for (const Job& job : jobs) items += job.items;
-    if (items > 0) phases.push_back({run_stage, &jobs, items, 0, false});
+    std::vector<Part> parts;
+    for (int64_t worker = 0; worker < workers; ++worker)
+      for (const Job& job : jobs) {
+        const int64_t first = worker * job.items / workers, count = (worker + 1) * job.items / workers - first;
+        if (count > 0) parts.push_back({&job, first, count});
+        items += count;
+      }
+    if (items == 0) continue;
+    stages.push_back(std::move(parts));
+    phases.push_back({run_stage, &stages.back(), items, 0});
   }
-  return phases.empty() || fastblocks::run(phases.data(), (int)phases.size(), worker_bytes_, worker_count());
+  return phases.empty() || fastblocks::run(phases.data(), (int)phases.size(), worker_bytes_, workers);
 }
 
 }  // namespace train

@@ -64,6 +64,11 @@ class Plan {
     size_t stage = 0;
   };
   void add_job(const TrainOp& op, void* params);
+  // Some items of a job, one worker's share. Those of a stage follow each other.
+  struct Part {
+    const Job* job;
+    int64_t begin, items;
+  };
   static void run_stage(const void* stage, int64_t begin, int64_t end, char* scratch) noexcept;
 
   std::vector<std::shared_ptr<void>> owned_;
