@@ -76,11 +76,13 @@ def test_grouped_whole_numbers_are_exact(tier: str) -> None:
 
 
 def test_more_than_one_step(tier: str) -> None:
-    """Pixels and panels beyond what a step makes at a time, in items of every kind; some with a last step of another size."""
+    """Pixels and panels beyond what a step makes at a time, in items of every kind, some with a smaller last step."""
     shapes = ((1, 4, 1500), (2, 5, 400), (2, 5, 393), (3, 4, 331), (4, 6, 150), (8, 3, 200), (8, 13, 9), (30, 2, 25))
     former = torch.get_num_threads()
     try:
-        for (groups, fan, out), (n, h, w) in itertools.product(shapes, ((1, 7, 7), (1, 9, 11), (2, 13, 15), (3, 14, 14))):
+        for (groups, fan, out), (n, h, w) in itertools.product(
+            shapes, ((1, 7, 7), (1, 9, 11), (2, 13, 15), (3, 14, 14))
+        ):
             conv = integer_record(groups * out, fan, bias=True)
             x = integers(n, groups * fan, h, w).contiguous(memory_format=CL)
             want = torch.relu(stock(x, conv, groups))

@@ -64,7 +64,7 @@ FASTBLOCKS_INLINE void depthwise_strip(const DepthwiseRow& r, const float* const
   }
 }
 
-// Any kernel, stride and dilation, one pixel: at borders, and where no strip exists.
+// Any kernel, stride and dilation, one pixel: at borders where more than a tap is missing, and where no strip exists.
 inline void depthwise_pixel(const DepthwiseRow& r, int64_t column) {
   const int64_t origin = column * r.stride - r.padding;
   int64_t kx_begin = 0, kx_end = r.kernel_width;
@@ -92,12 +92,81 @@ inline void depthwise_pixel(const DepthwiseRow& r, int64_t column) {
   }
 }
 
+// Vectors that share a cache line.
+constexpr int kLineVectors = FASTBLOCKS_VECTOR_BYTES == 32 ? 2 : 1;
+
+// Pixels so many floats apart lie in few sets of the cache: the window of a strip does not stay there from the first vector of
+// its lines to the second. Strips of 4 pixels make both at once.
+FASTBLOCKS_INLINE bool few_sets(int64_t pixel_stride) { return kLineVectors > 1 && pixel_stride % 256 == 0; }
+constexpr int kWideStrip = 4;
+
+// kWideStrip outputs of the vectors of a cache line.
+template <int K, int S, bool kWhole>
+FASTBLOCKS_INLINE void depthwise_wide_strip(const DepthwiseRow& r, const float* const (&rows)[K], int64_t in_offset, float* out,
+                                            int64_t channel) {
+  const int64_t px = r.pixel_stride, weight_stride = r.weight_stride, at = in_offset + channel;
+  Vec sum[kLineVectors][kWideStrip];
+#pragma GCC unroll 2
+  for (int v = 0; v < kLineVectors; ++v) {
+    const Vec shift = load(r.shift + channel + v * kLanes);
+#pragma GCC unroll 4
+    for (int t = 0; t < kWideStrip; ++t) sum[v][t] = shift;
+  }
+  const auto add_row = [&](int64_t ky) __attribute__((always_inline)) {
+    const float* w = r.weight + channel + ky * K * weight_stride;
+#pragma GCC unroll 2
+    for (int v = 0; v < kLineVectors; ++v)
+      depthwise_taps<K, S, kWideStrip, false>(sum[v], rows[ky] + at + v * kLanes, px, w + v * kLanes, weight_stride, kLanes);
+  };
+  if (kWhole) {
+#pragma GCC unroll 3
+    for (int ky = 0; ky < K; ++ky) add_row(ky);
+  } else {
+    for (int64_t ky = r.row_begin; ky < r.row_end; ++ky) add_row(ky);
+  }
+  const Vec low = broadcast(r.clamp.low), high = broadcast(r.clamp.high);
+#pragma GCC unroll 4
+  for (int t = 0; t < kWideStrip; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < kLineVectors; ++v)
+      store(out + t * r.out_stride + channel + v * kLanes, at_most(high, at_least(low, sum[v][t])));
+}
+
+// A pixel at the map's edge, whose taps kFirst to kLast - 1 lie inside.
+template <int K, int kFirst, int kLast>
+inline void depthwise_edge(const DepthwiseRow& r, int64_t column) {
+  const int64_t px = r.pixel_stride, weight_stride = r.weight_stride, origin = (column * r.stride - r.padding) * px;
+  const Vec low = broadcast(r.clamp.low), high = broadcast(r.clamp.high);
+  float* out = r.out + column * r.out_stride;
+  const auto pixel = [&](int64_t c, auto whole, int lanes) __attribute__((always_inline)) {
+    Vec sum = load(r.shift + c);
+    for (int64_t ky = r.row_begin; ky < r.row_end; ++ky) {
+      const float *x = r.rows[ky] + origin + c, *w = r.weight + ky * K * weight_stride + c;
+#pragma GCC unroll 8
+      for (int kx = kFirst; kx < kLast; ++kx)
+        sum += (whole ? load(x + kx * px) : load_partial(x + kx * px, lanes)) * load(w + kx * weight_stride);
+    }
+    const Vec y = at_most(high, at_least(low, sum));
+    if (whole)
+      store(out + c, y);
+    else
+      store_partial(out + c, lanes, y);
+  };
+  const int64_t channels = r.pad_channels ? round_up(r.channels, kLanes) : r.channels;
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) pixel(c, Number<1>(), kLanes);
+  if (c < channels) pixel(c, Number<0>(), (int)(channels - c));
+}
+
 // All channels of a strip, at a pixel stride known only at run time.
 template <int K, int S, int T, bool kWhole>
 FASTBLOCKS_INLINE void depthwise_strip_channels(const DepthwiseRow& r, const float* const (&rows)[K], int64_t column) {
   const int64_t in_offset = (column * S - r.padding) * r.pixel_stride;
   float* out = r.out + column * r.out_stride;
   int64_t c = 0;
+  if (T == kWideStrip && few_sets(r.pixel_stride))
+    for (; c + kLineVectors * kLanes <= r.channels; c += kLineVectors * kLanes)
+      depthwise_wide_strip<K, S, kWhole>(r, rows, in_offset, out, c);
   for (; c + kLanes <= r.channels; c += kLanes) depthwise_strip<K, S, T, 0, false, kWhole>(r, rows, in_offset, out, c, kLanes);
   if (c < r.channels) depthwise_strip<K, S, T, 0, true, kWhole>(r, rows, in_offset, out, c, (int)(r.channels - c));
 }
@@ -127,6 +196,8 @@ inline void depthwise_interior(const DepthwiseRow& row, int64_t x, int64_t end) 
                                                     kLanes);
       });
   } else {
+    if (few_sets(r.pixel_stride))
+      for (; x + kWideStrip <= end; x += kWideStrip) depthwise_strip_channels<K, S, kWideStrip, kWhole>(r, rows, x);
     for_each_strip(x, end, [&](auto width, int64_t column) __attribute__((always_inline)) {
       depthwise_strip_channels<K, S, decltype(width)::value, kWhole>(r, rows, column);
     });
@@ -140,12 +211,21 @@ inline void depthwise_row_strips(const DepthwiseRow& r) {
   int64_t end = r.width + r.padding >= K ? (r.width + r.padding - K) / S + 1 : 0;
   begin = smaller(begin, r.out_width);
   end = larger(begin, smaller(end, r.out_width));
-  for (int64_t x = 0; x < begin; ++x) depthwise_pixel(r, x);
+  const auto edge = [&](int64_t column) {
+    const int64_t origin = column * S - r.padding;
+    if (origin == -1 && r.width >= K - 1)
+      depthwise_edge<K, 1, K>(r, column);
+    else if (origin >= 0 && origin + K == r.width + 1)
+      depthwise_edge<K, 0, K - 1>(r, column);
+    else
+      depthwise_pixel(r, column);
+  };
+  for (int64_t x = 0; x < begin; ++x) edge(x);
   if (K == 3 && r.row_begin == 0 && r.row_end == K)  // more rows are not unrolled
     depthwise_interior<K, S, PX, K == 3>(r, begin, end);
   else
     depthwise_interior<K, S, PX, false>(r, begin, end);
-  for (int64_t x = end; x < r.out_width; ++x) depthwise_pixel(r, x);
+  for (int64_t x = end; x < r.out_width; ++x) edge(x);
 }
 
 inline void depthwise_row_any(const DepthwiseRow& r) {
