@@ -145,7 +145,7 @@ std::unique_ptr<Call> make_call(PyObject* function, PyObject* const* args, Py_ss
 
 bool bind_calls(Bound& b, PyObject* input, const Fits& fits) {
   Value value{view(input), input, {}};
-  // Each output takes the memory of the last but one, and may overwrite what the call before still reads: that waits (Phase).
+  // Each output takes the memory of the last but one, where the call before may still read: see Phase for who waits.
   b.floats[0] = b.floats[1] = 0;
   int64_t held[2] = {0, 0};
   const size_t last = b.calls.size() - 1;

@@ -23,7 +23,7 @@ struct Value {
 struct Step {
   const Op* op;
   void* params;
-  Room room = {};  // of its output
+  Room room = {};  // of the whole call's output; the call's other steps come behind this one
 };
 
 // One call of an op. First it reads its arguments (make_call), then the input's sizes (bind), then it is told where input and

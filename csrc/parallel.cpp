@@ -81,6 +81,7 @@ void work(int64_t begin, int64_t, void* context) noexcept {
     int64_t ready = -1;                                    // an image that it need not ask for again
     for (int64_t other = 0; other < r.workers; ++other) {  // its own share, and then what the others have left of theirs
       Share& share = progress.shares[(self + other) % r.workers];
+      if (share.next.load(std::memory_order_relaxed) >= share.end) continue;
       for (;;) {
         const int64_t item = share.next.fetch_add(1, std::memory_order_relaxed);
         if (item >= share.end) break;

@@ -85,7 +85,7 @@ struct Epilogue {
 };
 
 // Which panel's weights are fetched while the last panel of a product is computed: the one behind it, as a rule; that of the
-// worker's next item where it is known, since the one behind is mostly another worker's; or none.
+// worker's next item where it is known; or none.
 constexpr int64_t kPanelBehind = -1, kNoPanel = -2;
 
 // Shorter sums end before a line fetched at their beginning is there.

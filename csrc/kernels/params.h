@@ -34,14 +34,14 @@ struct Image {
   int64_t pixel_stride;
 };
 
-// A part of an op: `items` independent pieces of work. run() may be called from any thread, with any range of items; `scratch`
-// is the calling worker's own memory.
-//
-// How many floats a phase's output has, and how many there were where it goes, which may still be read; see Phase.
+// How many floats the output of a phase's call has, and how many there were where it goes, which may still be read; see Phase.
 struct Room {
   int64_t writes = 1, held = 1;
 };
 
+// A part of an op: `items` independent pieces of work. run() may be called from any thread, with any range of items; `scratch`
+// is the calling worker's own memory.
+//
 // `images`: 0 where an item may need all that the phase before made. Else the items come image by image, as many each, and an
 // item neither reads nor writes anything of another image. Between two such phases of as many images nobody waits for the end
 // of the first: an item waits for its image, and for those that lay where its own goes. They are images before it, as long as

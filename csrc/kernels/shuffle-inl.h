@@ -2,7 +2,7 @@
 // j * groups + g.
 //
 // Of NHWC data that is an interleaving of `groups` streams, a vector of each at a time: two vectors are interleaved by two
-// permutations, three by two each, and 4 and 8 are made of pairs.
+// permutations, three by two each, and 4 and 8 are made of pairs; AVX2 has ways of its own for more than two.
 #pragma once
 
 #include <utility>

@@ -74,7 +74,11 @@ const float* pack_backward(Plan& plan, const Bound& b, int64_t index, const Trai
 
 void run_plan(Plan& plan) {
   PyThreadState* const state = PyEval_SaveThread();
-  const bool done = plan.run();
+  bool done = false;
+  try {
+    done = plan.run();
+  } catch (const std::bad_alloc&) {  // not before Python has its lock again
+  }
   PyEval_RestoreThread(state);
   if (!done) throw std::bad_alloc();
 }
