@@ -20,8 +20,8 @@ void forget_thread_pool_after_fork();
 // How many workers a run() called now would have.
 int worker_count();
 
-// Runs the phases in order. Each worker has a share of a phase's items, much the same part of every phase; when it is done it takes
-// what others have left. Before a worker runs an item, it waits until what it needs of the phase before is completed: all
+// Runs the phases in order. Each worker has a share of a phase's items, much the same part of every phase; when it is done it
+// takes what others have left. Before a worker runs an item, it waits until what it needs of the phase before is completed: all
 // items, or those of some images (params.h). Returns false when there was no memory for scratch. Does not throw.
 bool run(const Phase* phases, int count, size_t worker_bytes, int workers);
 
