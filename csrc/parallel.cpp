@@ -62,7 +62,7 @@ void wait_until_done(const std::atomic<int64_t>& done, int64_t items) {
   }
 }
 
-// Whether items of a phase wait for no more of the phase before than for their image and those before it.
+// Whether items of a phase wait for no more of the phase before than for some images (params.h).
 bool by_image(const Phase& before, const Phase& phase) {
   return phase.room.writes <= phase.room.held && phase.images > 1 && phase.images == before.images;
 }

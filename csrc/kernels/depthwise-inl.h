@@ -33,35 +33,44 @@ FASTBLOCKS_INLINE void depthwise_taps(Vec (&sum)[T], const float* x, int64_t px,
   }
 }
 
-// T outputs of one vector of channels. PX is the input's pixel stride where it is known (0: read it from r); kWhole: all kernel
+// T outputs of V vectors of channels. PX is the input's pixel stride where it is known (0: read it from r); kWhole: all kernel
 // rows lie inside the map, so that their loop can be unrolled.
-template <int K, int S, int T, int PX, bool kPartial, bool kWhole>
+template <int K, int S, int T, int V, int PX, bool kPartial, bool kWhole>
 FASTBLOCKS_INLINE void depthwise_strip(const DepthwiseRow& r, const float* const (&rows)[K], int64_t in_offset, float* out,
                                        int64_t channel, int lanes) {
   const int64_t px = PX ? PX : r.pixel_stride, weight_stride = r.weight_stride;
-  const Vec shift = load(r.shift + channel);
-  Vec sum[T];
+  Vec sum[V][T];
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) {
+    const Vec shift = load(r.shift + channel + v * kLanes);
 #pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) sum[t] = shift;
-  const float* w = r.weight + channel;
+    for (int t = 0; t < T; ++t) sum[v][t] = shift;
+  }
   const int64_t at = in_offset + channel;
+  const auto add_row = [&](int64_t ky) __attribute__((always_inline)) {
+    const float* w = r.weight + channel + ky * K * weight_stride;
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v)
+      depthwise_taps<K, S, T, kPartial>(sum[v], rows[ky] + at + v * kLanes, px, w + v * kLanes, weight_stride, lanes);
+  };
   if (kWhole) {
 #pragma GCC unroll 3
-    for (int ky = 0; ky < K; ++ky)
-      depthwise_taps<K, S, T, kPartial>(sum, rows[ky] + at, px, w + ky * K * weight_stride, weight_stride, lanes);
+    for (int ky = 0; ky < K; ++ky) add_row(ky);
   } else {
-    for (int64_t ky = r.row_begin; ky < r.row_end; ++ky)
-      depthwise_taps<K, S, T, kPartial>(sum, rows[ky] + at, px, w + ky * K * weight_stride, weight_stride, lanes);
+    for (int64_t ky = r.row_begin; ky < r.row_end; ++ky) add_row(ky);
   }
   const Vec low = broadcast(r.clamp.low), high = broadcast(r.clamp.high);
 #pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) {
-    const Vec y = at_most(high, at_least(low, sum[t]));
-    if (kPartial)
-      store_partial(out + t * r.out_stride + channel, lanes, y);
-    else
-      store(out + t * r.out_stride + channel, y);
-  }
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const Vec y = at_most(high, at_least(low, sum[v][t]));
+      float* const to = out + t * r.out_stride + channel + v * kLanes;
+      if (kPartial)
+        store_partial(to, lanes, y);
+      else
+        store(to, y);
+    }
 }
 
 // Any kernel, stride and dilation, one pixel: at borders where more than a tap is missing, and where no strip exists.
@@ -100,38 +109,6 @@ constexpr int kLineVectors = FASTBLOCKS_VECTOR_BYTES == 32 ? 2 : 1;
 FASTBLOCKS_INLINE bool few_sets(int64_t pixel_stride) { return kLineVectors > 1 && pixel_stride % 256 == 0; }
 constexpr int kWideStrip = 4;
 
-// kWideStrip outputs of the vectors of a cache line.
-template <int K, int S, bool kWhole>
-FASTBLOCKS_INLINE void depthwise_wide_strip(const DepthwiseRow& r, const float* const (&rows)[K], int64_t in_offset, float* out,
-                                            int64_t channel) {
-  const int64_t px = r.pixel_stride, weight_stride = r.weight_stride, at = in_offset + channel;
-  Vec sum[kLineVectors][kWideStrip];
-#pragma GCC unroll 2
-  for (int v = 0; v < kLineVectors; ++v) {
-    const Vec shift = load(r.shift + channel + v * kLanes);
-#pragma GCC unroll 4
-    for (int t = 0; t < kWideStrip; ++t) sum[v][t] = shift;
-  }
-  const auto add_row = [&](int64_t ky) __attribute__((always_inline)) {
-    const float* w = r.weight + channel + ky * K * weight_stride;
-#pragma GCC unroll 2
-    for (int v = 0; v < kLineVectors; ++v)
-      depthwise_taps<K, S, kWideStrip, false>(sum[v], rows[ky] + at + v * kLanes, px, w + v * kLanes, weight_stride, kLanes);
-  };
-  if (kWhole) {
-#pragma GCC unroll 3
-    for (int ky = 0; ky < K; ++ky) add_row(ky);
-  } else {
-    for (int64_t ky = r.row_begin; ky < r.row_end; ++ky) add_row(ky);
-  }
-  const Vec low = broadcast(r.clamp.low), high = broadcast(r.clamp.high);
-#pragma GCC unroll 4
-  for (int t = 0; t < kWideStrip; ++t)
-#pragma GCC unroll 2
-    for (int v = 0; v < kLineVectors; ++v)
-      store(out + t * r.out_stride + channel + v * kLanes, at_most(high, at_least(low, sum[v][t])));
-}
-
 // A pixel at the map's edge, whose taps kFirst to kLast - 1 lie inside.
 template <int K, int kFirst, int kLast>
 inline void depthwise_edge(const DepthwiseRow& r, int64_t column) {
@@ -164,11 +141,13 @@ FASTBLOCKS_INLINE void depthwise_strip_channels(const DepthwiseRow& r, const flo
   const int64_t in_offset = (column * S - r.padding) * r.pixel_stride;
   float* out = r.out + column * r.out_stride;
   int64_t c = 0;
-  if (T == kWideStrip && few_sets(r.pixel_stride))
-    for (; c + kLineVectors * kLanes <= r.channels; c += kLineVectors * kLanes)
-      depthwise_wide_strip<K, S, kWhole>(r, rows, in_offset, out, c);
-  for (; c + kLanes <= r.channels; c += kLanes) depthwise_strip<K, S, T, 0, false, kWhole>(r, rows, in_offset, out, c, kLanes);
-  if (c < r.channels) depthwise_strip<K, S, T, 0, true, kWhole>(r, rows, in_offset, out, c, (int)(r.channels - c));
+  if constexpr (T == kWideStrip)
+    if (few_sets(r.pixel_stride))
+      for (; c + kLineVectors * kLanes <= r.channels; c += kLineVectors * kLanes)
+        depthwise_strip<K, S, T, kLineVectors, 0, false, kWhole>(r, rows, in_offset, out, c, kLanes);
+  for (; c + kLanes <= r.channels; c += kLanes)
+    depthwise_strip<K, S, T, 1, 0, false, kWhole>(r, rows, in_offset, out, c, kLanes);
+  if (c < r.channels) depthwise_strip<K, S, T, 1, 0, true, kWhole>(r, rows, in_offset, out, c, (int)(r.channels - c));
 }
 
 // Calls strip(width, column) with the widths 7, 4, 2 and 1 over the columns [x, end).
@@ -192,8 +171,8 @@ inline void depthwise_interior(const DepthwiseRow& row, int64_t x, int64_t end) 
     for (int64_t c = 0; c < PX; c += kLanes)
       for_each_strip(x, end, [&](auto width, int64_t column) __attribute__((always_inline)) {
         constexpr int T = decltype(width)::value;
-        depthwise_strip<K, S, T, PX, false, kWhole>(r, rows, (column * S - r.padding) * PX, r.out + column * r.out_stride, c,
-                                                    kLanes);
+        depthwise_strip<K, S, T, 1, PX, false, kWhole>(r, rows, (column * S - r.padding) * PX, r.out + column * r.out_stride, c,
+                                                       kLanes);
       });
   } else {
     if (few_sets(r.pixel_stride))
