@@ -79,6 +79,17 @@ def test_depthwise_channels_and_sizes(tier: str) -> None:
         check_close(y, F.depthwise_conv_bn_act, x, conv, **kwargs, note=(x.shape, k, kwargs))
 
 
+def test_depthwise_of_pixels_that_share_cache_sets(tier: str) -> None:
+    """Pixels a multiple of 256 floats apart, all channels or some of them; edges where one tap is missing, or more."""
+    for k, stride, (wide, c), w in itertools.product((3, 5, 7), (1, 2), ((256, 256), (512, 299)), (1, 2, 4, 7, 11, 14)):
+        x = integers(1, wide, 6, w).contiguous(memory_format=torch.channels_last)[:, :c]
+        conv = integer_record(c, 1, k)
+        for padding in {0, 1, k // 2} if min(w, 6) >= k else {k // 2}:
+            y = F.depthwise_conv_bn_act(x, conv, stride=stride, padding=padding, activation="relu")
+            want = stock(x, conv, c, "relu", stride=stride, padding=padding)
+            assert torch.equal(y, want), (k, stride, wide, c, w, padding)
+
+
 def test_conv_channels_and_sizes(tier: str) -> None:
     for i, (c, k, (h, w)) in enumerate(itertools.product((1, 3, 24), (1, 24, 58), SIZES)):
         conv = variants(record(k, c, 3))[i % 6]
