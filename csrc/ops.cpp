@@ -145,29 +145,25 @@ std::unique_ptr<Call> make_call(PyObject* function, PyObject* const* args, Py_ss
 
 bool bind_calls(Bound& b, PyObject* input, const Fits& fits) {
   Value value{view(input), input, {}};
-  // Each output takes the memory of the last but one, where the call before may still read: see Phase for who waits.
   b.floats[0] = b.floats[1] = 0;
+  b.between.assign(b.calls.size() - 1, {});
   int64_t held[2] = {0, 0};
-  const size_t last = b.calls.size() - 1;
-  b.rooms.assign(b.calls.size(), Room());
-  const auto keep = [&](size_t i, const TensorView& v) {
-    const int64_t floats = v.size[0] * v.size[1] * v.size[2] * v.size[3];
-    if (held[i % 2] > 0) b.rooms[i] = {floats, held[i % 2]};
-    held[i % 2] = floats;
-    b.floats[i % 2] = std::max(b.floats[i % 2], floats);
-  };
-  // Only the first call can be absorbed: a later one's input lies in memory that the absorbing call writes to.
-  b.absorbed = false;
-  for (size_t i = 0; i <= last; ++i) {
+  int memory = 0;
+  for (size_t i = 0; i < b.calls.size(); ++i) {
     if (fits && !fits(i, value.view)) return false;
     const TensorView before = value.view;
     value = b.calls[i]->bind(value);
-    if (i == 1) {
-      ConvParams* const stem = b.calls[0]->stem();
-      b.absorbed = stem && b.calls[1]->absorb(stem);
-      if (!b.absorbed) keep(0, before);
-    }
-    if (i > 0 && i < last) keep(i, value.view);
+    if (i == 0) continue;
+    Bound::Between& between = b.between[i - 1];
+    between.absorbed = b.calls[i]->absorb(b.calls[i - 1]->row_maker());
+    if (between.absorbed) continue;
+    // Each output takes the memory of the last but one, where the call before may still read: see Phase for who waits.
+    const int64_t floats = before.size[0] * before.size[1] * before.size[2] * before.size[3];
+    between.memory = memory;
+    if (held[memory] > 0) between.room = {floats, held[memory]};
+    held[memory] = floats;
+    b.floats[memory] = std::max(b.floats[memory], floats);
+    memory = 1 - memory;
   }
   b.out = value.view;
   return true;
@@ -175,17 +171,17 @@ bool bind_calls(Bound& b, PyObject* input, const Fits& fits) {
 
 Ref run_bound(const Bound& b, float* input) {
   const size_t last = b.calls.size() - 1;
-  const auto room = [](int64_t count) { return (size_t)(count + 16) * sizeof(float); };
-  const Slab first(last > 0 ? room(b.floats[0]) : 0), second(last > 1 ? room(b.floats[1]) : 0);
+  const auto bytes = [](int64_t floats) { return floats > 0 ? (size_t)(floats + 16) * sizeof(float) : 0; };
+  const Slab first(bytes(b.floats[0])), second(bytes(b.floats[1]));
   Output out(b.out);
   float* const memory[2] = {first.floats(), second.floats()};
-  const auto between = [&](size_t i) { return i == 0 && b.absorbed ? nullptr : memory[i % 2]; };  // behind call i
-  for (size_t i = 0; i <= last; ++i) b.calls[i]->place(i > 0 ? between(i - 1) : input, i < last ? between(i) : out.data());
+  const auto behind = [&](size_t i) { return b.between[i].absorbed ? nullptr : memory[b.between[i].memory]; };
+  for (size_t i = 0; i <= last; ++i) b.calls[i]->place(i > 0 ? behind(i - 1) : input, i < last ? behind(i) : out.data());
   std::vector<Step> steps;
   for (size_t i = 0; i <= last; ++i) {
     const size_t first_step = steps.size();
     b.calls[i]->steps(steps);
-    if (steps.size() > first_step) steps[first_step].room = b.rooms[i];
+    if (i < last && steps.size() > first_step) steps[first_step].room = b.between[i].room;
   }
   run_steps(steps);
   for (const auto& call : b.calls) call->finish();

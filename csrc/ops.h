@@ -26,6 +26,12 @@ struct Step {
   Room room = {};  // of the whole call's output; the call's other steps come behind this one
 };
 
+// What can make rows of its output for another op; one of them, or none.
+struct RowMaker {
+  ConvParams* conv = nullptr;
+  BlockParams* block = nullptr;
+};
+
 // One call of an op. First it reads its arguments (make_call), then the input's sizes (bind), then it is told where input and
 // output lie (place); then it can run. After finish() it can be placed and run again.
 class Call {
@@ -42,11 +48,11 @@ class Call {
   // Whether a tensor that the call was bound to is read where it lies, so that place() may name another one like it.
   virtual bool reads_in_place(PyObject* tensor) const = 0;
 
-  // A convolution need not write its output where the next call is its only reader and makes the rows itself, a few at a time,
-  // as it needs them. Both are asked when they are bound: this call's convolution, or null; and whether the call takes over
-  // that of the call before. Neither is then told where that output lies.
-  virtual ConvParams* stem() { return nullptr; }
-  virtual bool absorb(ConvParams*) { return false; }
+  // A convolution, or a block, need not write its output where the next call is its only reader and makes the rows itself, a
+  // few at a time, as it needs them. Both are asked when they are bound: what this call's rows are made by; and whether the
+  // call takes over what the call before is made by. Neither is then told where that output lies.
+  virtual RowMaker row_maker() { return {}; }
+  virtual bool absorb(const RowMaker&) { return false; }
 };
 
 // The call of the op behind a function of the tiers' table; null where that is none of op_methods(). args[0], the input, is not
@@ -60,9 +66,13 @@ void run_steps(const std::vector<Step>& steps);
 struct Bound {
   std::vector<std::unique_ptr<Call>> calls;
   TensorView out;
-  int64_t floats[2];        // of the two memories that outputs between them take turns in
-  std::vector<Room> rooms;  // of each call's output
-  bool absorbed;            // the first call's output is none
+  int64_t floats[2];  // of the two memories that outputs between them take turns in
+  struct Between {
+    bool absorbed;  // the next call makes it: it needs no memory
+    int memory;     // else, which of the two
+    Room room;
+  };
+  std::vector<Between> between;  // each call's output but the last one's
 };
 
 // Binds calls. Where `fits`, if given, says that an input is not good for its call, the result is false.

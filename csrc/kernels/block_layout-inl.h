@@ -69,16 +69,22 @@ FASTBLOCKS_INLINE int64_t gathered_stride(const BlockParams& p) {
 }
 
 struct BlockScratch {
-  const float** input_rows;  // kernel rows of one output row
+  const float** input_rows;  // kernel rows of the output rows that are made at a time
   int64_t* ring_steps;       // from one pixel of an expansion to the next
   float *ring, *hidden, *gathered, *result;
   ConvScratch stem;  // where there is one
+  float* made;       // rows of the input that the source has made
+  char* source;      // the source's own scratch
 };
 
-FASTBLOCKS_INLINE BlockScratch block_scratch(const BlockParams& p, char* memory, size_t* bytes) {
+// The input rows that a chunk reads.
+FASTBLOCKS_INLINE int64_t made_rows(const BlockParams& p) { return (p.chunk_rows - 1) * p.stride + p.kernel; }
+
+inline BlockScratch block_scratch(const BlockParams& p, char* memory, size_t* bytes) {
   BlockScratch s;
   s.input_rows = reinterpret_cast<const float**>(memory);
-  s.ring_steps = reinterpret_cast<int64_t*>(memory) + round_up(p.kernel, 8);
+  const int64_t most_rows = by_slices(p) ? p.step_rows : larger(p.step_rows, p.chunk_rows);
+  s.ring_steps = reinterpret_cast<int64_t*>(memory) + round_up(most_rows * p.kernel, 8);
   float* next = reinterpret_cast<float*>(s.ring_steps + round_up(ring_rows(p) * p.width, 8));
   const int64_t row_pixels = p.width + 2 * p.padding;
   const int64_t lanes = by_slices(p) ? kMaxPanelVectors * kLanes : Hidden(p).padded();
@@ -96,6 +102,14 @@ FASTBLOCKS_INLINE BlockScratch block_scratch(const BlockParams& p, char* memory,
     size_t more;
     s.stem = conv_scratch(*p.stem, memory + *bytes, &more);
     *bytes += more;
+  }
+  s.made = nullptr, s.source = nullptr;
+  if (p.source) {
+    s.made = reinterpret_cast<float*>(memory + *bytes);
+    s.source = reinterpret_cast<char*>(s.made + round_up(made_rows(p) * p.x.row_stride, 16));
+    size_t more;
+    block_scratch(*p.source, s.source, &more);
+    *bytes = s.source + more - memory;
   }
   return s;
 }

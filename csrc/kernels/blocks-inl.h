@@ -81,15 +81,20 @@ inline void block_expand(const BlockParams& p, const BlockShared& shared, const 
   }
 }
 
+// Rows of a block's input, as they lie in memory from row `first` on.
+struct InputRows {
+  const float* data;
+  int64_t first;
+};
+
 // Depthwise rows [oy_begin, oy_end) of `lanes` channels from the place `channel` on, into hidden (whose row oy_begin stands
-// first). ring is null in bands without an expansion: the input is read in place.
-inline void block_depthwise(const BlockParams& p, const BlockShared& shared, const BlockScratch& s,
-                            DepthwiseRowFunction row_function, int64_t image, int64_t channel, int64_t lanes, const float* ring,
-                            int64_t oy_begin, int64_t oy_end, float* hidden) {
+// first). They are read in the ring, or, where that is null, in x.
+inline void block_depthwise(const BlockParams& p, const BlockShared& shared, const BlockScratch& s, DepthwiseFunction function,
+                            const InputRows& x, int64_t channel, int64_t lanes, const float* ring, int64_t oy_begin,
+                            int64_t oy_end, float* hidden) {
   const int64_t padded = Hidden(p).padded(), rows = ring_rows(p), row_pixels = p.width + 2 * p.padding;
-  const float* const x = ring ? nullptr : p.x.data + image * p.x.image_stride + channel;
-  DepthwiseRow r;
-  r.rows = s.input_rows;
+  DepthwiseRows r;
+  r.rows = s.input_rows, r.count = oy_end - oy_begin, r.kernel_height = p.kernel;
   r.width = ring ? row_pixels : p.width, r.pixel_stride = ring ? lanes : p.x.pixel_stride;
   r.out_width = p.out_width, r.out_stride = p.hidden_stride;
   r.kernel_width = p.kernel, r.stride = p.stride, r.padding = ring ? 0 : p.padding, r.dilation = 1;
@@ -97,16 +102,12 @@ inline void block_depthwise(const BlockParams& p, const BlockShared& shared, con
   r.shift = shared.depthwise + channel, r.clamp = p.depthwise_clamp;
   r.out = hidden + channel;
   r.channels = lanes, r.pad_channels = ring != nullptr;
-  for (int64_t oy = oy_begin; oy < oy_end; ++oy, r.out += p.out_width * p.hidden_stride) {
-    kernel_row_range(oy, p.stride, p.padding, 1, p.kernel, p.height, &r.row_begin, &r.row_end);
-    const int64_t first = oy * p.stride - p.padding;
-    int64_t ring_row = ring ? (first + r.row_begin) % rows : 0;
-    for (int64_t ky = r.row_begin; ky < r.row_end; ++ky) {
-      s.input_rows[ky] = ring ? ring + ring_row * row_pixels * lanes : x + (first + ky) * p.x.row_stride;
-      if (++ring_row == rows) ring_row = 0;
-    }
-    row_function(r);
-  }
+  const float** to = s.input_rows;
+  for (int64_t oy = oy_begin; oy < oy_end; ++oy, to += p.kernel)
+    find_rows(oy, p.stride, p.padding, 1, p.kernel, p.height, to, [&](int64_t y) {
+      return ring ? ring + y % rows * row_pixels * lanes : x.data + (y - x.first) * p.x.row_stride + channel;
+    });
+  function(r);
 }
 
 FASTBLOCKS_INLINE float* clear_ring(const BlockParams& p, float* ring, int64_t lanes) {
@@ -119,9 +120,9 @@ FASTBLOCKS_INLINE float* clear_ring(const BlockParams& p, float* ring, int64_t l
 }
 
 // Pixels [pixel, pixel + pixels) of one image of the projection's panels [panel_begin, panel_end), counted over all groups.
-// hidden is that of the first pixel.
+// hidden and out are those of the first pixel.
 inline void block_project(const BlockParams& p, const BlockShared& shared, const BlockScratch& s, int64_t image, int64_t pixel,
-                          int64_t pixels, const float* hidden, int64_t panel_begin, int64_t panel_end, Range soon,
+                          int64_t pixels, const float* hidden, float* out, int64_t panel_begin, int64_t panel_end, Range soon,
                           int64_t next = kPanelBehind) {
   const GroupedProduct product = block_projection(p);
   const Hidden layout(p);
@@ -131,6 +132,7 @@ inline void block_project(const BlockParams& p, const BlockShared& shared, const
   for (int64_t m = pixel; m < pixel + pixels; m += step) {
     const int64_t now = smaller(step, pixel + pixels - m);
     const float* h = hidden + (m - pixel) * p.hidden_stride;
+    float* const here = out + (m - pixel) * p.out.pixel_stride;
     for (int64_t g = panel_begin / count; g * count < panel_end; ++g) {
       const int64_t channel = g * product.channels;
       Pixels left = {h, product.depth, p.hidden_stride, 1, nullptr};
@@ -144,7 +146,7 @@ inline void block_project(const BlockParams& p, const BlockShared& shared, const
                           p.residual.data ? at(p.residual, m) + channel : nullptr, p.residual.pixel_stride,
                           p.other.data != nullptr};
       const Destination to = p.other.data ? Destination{s.result, result_stride, nullptr}
-                                          : Destination{at(p.out, m) + channel, p.out.pixel_stride, nullptr};
+                                          : Destination{here + channel, p.out.pixel_stride, nullptr};
       gemm(left, now, product.channels, larger(panel_begin - g * count, 0), smaller(panel_end - g * count, count), e, to,
            soon.part(g, p.groups), next);
     }
@@ -155,7 +157,7 @@ inline void block_project(const BlockParams& p, const BlockShared& shared, const
       const int64_t to = panels.first_channel(panel_end - 1) + panels.valid(panel_end - 1);
       for (int64_t i = 0; i < now; ++i) {
         const float* const both[2] = {at(p.other, m + i), s.result + i * result_stride};
-        interleave_exact<2>(both, 2 * from, 2 * to, at(p.out, m + i) + 2 * from);
+        interleave_exact<2>(both, 2 * from, 2 * to, here + i * p.out.pixel_stride + 2 * from);
       }
     }
   }
@@ -169,9 +171,9 @@ FASTBLOCKS_INLINE void input_rows(const BlockParams& p, int64_t oy_begin, int64_
 
 // Output rows [oy_begin, oy_end) of one panel of expanded channels, into hidden: a few rows are expanded, then read at once.
 // Input rows below `expanded` are in the ring already.
-inline void block_slice(const BlockParams& p, const BlockShared& shared, const BlockScratch& s,
-                        DepthwiseRowFunction row_function, int64_t image, int64_t panel, float* ring, int64_t oy_begin,
-                        int64_t oy_end, int64_t expanded, float* hidden, int64_t next = kPanelBehind) {
+inline void block_slice(const BlockParams& p, const BlockShared& shared, const BlockScratch& s, DepthwiseFunction function,
+                        int64_t image, int64_t panel, float* ring, int64_t oy_begin, int64_t oy_end, int64_t expanded,
+                        float* hidden, int64_t next = kPanelBehind) {
   const Hidden layout(p);
   for (int64_t oy = oy_begin; oy < oy_end; oy += p.step_rows) {
     const int64_t step_end = smaller(oy_end, oy + p.step_rows);
@@ -179,7 +181,7 @@ inline void block_slice(const BlockParams& p, const BlockShared& shared, const B
     input_rows(p, oy, step_end, &iy, &iy_end);
     block_expand(p, shared, s, image, panel, ring, larger(iy, expanded), iy_end, next);
     expanded = larger(expanded, iy_end);
-    block_depthwise(p, shared, s, row_function, image, layout.first(panel), layout.lanes(panel), ring, oy, step_end,
+    block_depthwise(p, shared, s, function, {}, layout.first(panel), layout.lanes(panel), ring, oy, step_end,
                     hidden + (oy - oy_begin) * p.out_width * p.hidden_stride);
   }
 }
@@ -192,52 +194,100 @@ inline void block_average(const BlockParams& p, int64_t image, int64_t begin, in
   pool_rows<true>(w, image, begin, end);
 }
 
-inline void block_bands_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
-  const BlockParams& p = *static_cast<const BlockParams*>(params);
-  int64_t shared_floats;
-  size_t bytes;
-  const BlockShared shared = block_shared(p, &shared_floats);
-  const BlockScratch s = block_scratch(p, memory, &bytes);
-  const Hidden layout(p);
-  const int64_t row_pixels = p.width + 2 * p.padding, out_panels = block_projection(p).panels();
-  const DepthwiseRowFunction pair = depthwise_row_function(p.kernel, p.stride, 1, true);
-  const DepthwiseRowFunction other = depthwise_row_function(p.kernel, p.stride, 1, false);
-  if (p.stem) conv_clear(s.stem);
-  if (expands(p)) {
+// A block in bands, and how far one worker has come in its rows.
+struct BlockBands {
+  const BlockParams& p;
+  BlockShared shared;
+  BlockScratch s;
+  Hidden layout;
+  DepthwiseFunction pair, other;
+  BlockBands* source = nullptr;
+  // Input rows below `ready` are in the rings, or made by the source, or no longer needed; made rows begin with `made`.
+  int64_t ready = 0, made = 0;
+
+  BlockBands(const BlockParams& params, char* memory)
+      : p(params),
+        layout(p),
+        pair(depthwise_function(p.kernel, p.stride, 1, true)),
+        other(depthwise_function(p.kernel, p.stride, 1, false)) {
+    int64_t shared_floats;
+    size_t bytes;
+    shared = block_shared(p, &shared_floats), s = block_scratch(p, memory, &bytes);
+    if (p.stem) conv_clear(s.stem);
+    if (!expands(p)) return;
     float* ring = s.ring;
     for (int64_t panel = 0; panel < layout.count(); ++panel) ring = clear_ring(p, ring, layout.lanes(panel));
   }
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t image = item / p.bands, band = item % p.bands;
-    const int64_t from = band * p.out_height / p.bands, to = (band + 1) * p.out_height / p.bands;
-    int64_t expanded = 0;  // input rows below this one are in the ring, or no longer needed
-    for (int64_t oy = from; oy < to; oy += p.chunk_rows) {
-      const int64_t oy_end = smaller(to, oy + p.chunk_rows);
-      if (expands(p)) {
-        float* ring = s.ring;
-        for (int64_t panel = 0; panel < layout.count(); ++panel) {
-          const int64_t lanes = layout.lanes(panel);
-          block_slice(p, shared, s, lanes == kPanelVectors * kLanes ? pair : other, image, panel, ring, oy, oy_end, expanded,
-                      s.hidden);
-          ring += ring_rows(p) * row_pixels * lanes;
-        }
-        int64_t first;
-        input_rows(p, oy, oy_end, &first, &expanded);
-      } else {
-        block_depthwise(p, shared, s, other, image, 0, p.hidden_channels, nullptr, oy, oy_end, s.hidden);
+  void begin_band() { ready = made = 0; }
+};
+
+inline void block_rows(BlockBands& b, int64_t image, int64_t oy_begin, int64_t oy_end, int64_t limit, float* out);
+
+// Lets the source make the input rows [begin, end) as far as they are not there yet. Of those before, the ones that are still
+// needed move to the front. No more than `limit` rows will be asked for.
+inline void make_input(BlockBands& b, int64_t image, int64_t begin, int64_t end, int64_t limit) {
+  const int64_t row = b.p.x.row_stride, kept = larger(0, b.ready - begin);
+  if (kept) __builtin_memmove(b.s.made, b.s.made + (begin - b.made) * row, kept * row * sizeof(float));
+  block_rows(*b.source, image, begin + kept, end, limit, b.s.made + kept * row);
+  b.made = begin, b.ready = end;
+}
+
+// Output rows [oy_begin, oy_end) of a band that ends with row `limit`; the first one's first pixel goes to `out`.
+inline void block_rows(BlockBands& b, int64_t image, int64_t oy_begin, int64_t oy_end, int64_t limit, float* out) {
+  const BlockParams& p = b.p;
+  const int64_t row_pixels = p.width + 2 * p.padding, out_panels = block_projection(p).panels();
+  for (int64_t oy = oy_begin; oy < oy_end; oy += p.chunk_rows) {
+    const int64_t end = smaller(oy_end, oy + p.chunk_rows);
+    int64_t iy, iy_end;
+    input_rows(p, oy, end, &iy, &iy_end);
+    if (expands(p)) {
+      float* ring = b.s.ring;
+      for (int64_t panel = 0; panel < b.layout.count(); ++panel) {
+        const int64_t lanes = b.layout.lanes(panel);
+        block_slice(p, b.shared, b.s, lanes == kPanelVectors * kLanes ? b.pair : b.other, image, panel, ring, oy, end, b.ready,
+                    b.s.hidden);
+        ring += ring_rows(p) * row_pixels * lanes;
       }
-      if (p.pooled.data) block_average(p, image, oy, oy_end);
-      // The rows of the next chunk come nearer while this one is projected.
-      Range soon{};
-      if (oy_end < to && !p.stem) {
-        int64_t now_begin, now_end, next_begin, next_end;
-        input_rows(p, oy, oy_end, &now_begin, &now_end);
-        input_rows(p, oy_end, smaller(to, oy_end + p.chunk_rows), &next_begin, &next_end);
-        soon = {p.x.data + image * p.x.image_stride + now_end * p.x.row_stride, (next_end - now_end) * p.x.row_stride};
+      b.ready = iy_end;
+    } else {
+      InputRows x = {p.x.data + image * p.x.image_stride, 0};
+      if (b.source) {
+        int64_t first, last;
+        input_rows(p, oy, limit, &first, &last);
+        make_input(b, image, iy, iy_end, last);
+        x = {b.s.made, iy};
       }
-      block_project(p, shared, s, image, oy * p.out_width, (oy_end - oy) * p.out_width, s.hidden, 0, out_panels, soon);
+      block_depthwise(p, b.shared, b.s, b.other, x, 0, p.hidden_channels, nullptr, oy, end, b.s.hidden);
     }
+    if (p.pooled.data) block_average(p, image, oy, end);
+    // The rows of the next chunk come nearer while this one is projected.
+    Range soon{};
+    if (end < limit && !p.stem && !b.source) {
+      int64_t next, next_end;
+      input_rows(p, end, smaller(limit, end + p.chunk_rows), &next, &next_end);
+      soon = {p.x.data + image * p.x.image_stride + iy_end * p.x.row_stride, (next_end - iy_end) * p.x.row_stride};
+    }
+    block_project(p, b.shared, b.s, image, oy * p.out_width, (end - oy) * p.out_width, b.s.hidden,
+                  out + (oy - oy_begin) * p.out_width * p.out.pixel_stride, 0, out_panels, soon);
   }
+}
+
+inline void block_bands_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
+  const BlockParams& p = *static_cast<const BlockParams*>(params);
+  BlockBands block(p, memory);
+  const auto run = [&] {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t image = item / p.bands, band = item % p.bands;
+      const int64_t from = band * p.out_height / p.bands, to = (band + 1) * p.out_height / p.bands;
+      block.begin_band();
+      if (block.source) block.source->begin_band();
+      block_rows(block, image, from, to, to, p.out.data + image * p.out.image_stride + from * p.out_width * p.out.pixel_stride);
+    }
+  };
+  if (!p.source) return run();
+  BlockBands source(*p.source, block.s.source);
+  block.source = &source;
+  run();
 }
 
 inline void block_slices_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
@@ -247,8 +297,8 @@ inline void block_slices_run(const void* params, int64_t begin, int64_t end, cha
   const BlockShared shared = block_shared(p, &shared_floats);
   const BlockScratch s = block_scratch(p, memory, &bytes);
   const Hidden layout(p);
-  const DepthwiseRowFunction pair = depthwise_row_function(p.kernel, p.stride, 1, true);
-  const DepthwiseRowFunction other = depthwise_row_function(p.kernel, p.stride, 1, false);
+  const DepthwiseFunction pair = depthwise_function(p.kernel, p.stride, 1, true);
+  const DepthwiseFunction other = depthwise_function(p.kernel, p.stride, 1, false);
   if (p.stem) conv_clear(s.stem);
   const int64_t slices = layout.count() * p.slice_parts, items = slices + p.pool_items;
   for (int64_t item = begin; item < end; ++item) {
@@ -279,20 +329,28 @@ inline void block_project_run(const void* params, int64_t begin, int64_t end, ch
     const int64_t image = item / (p.pixel_blocks * p.panel_blocks), rest = item % (p.pixel_blocks * p.panel_blocks);
     const int64_t pixel = rest % p.pixel_blocks * p.pixel_block, panel = rest / p.pixel_blocks * p.panel_block;
     block_project(p, shared, s, image, pixel, smaller(p.pixel_block, map - pixel),
-                  shared.hidden + (image * map + pixel) * p.hidden_stride, panel, smaller(panel + p.panel_block, panel_count),
-                  {}, next_panel(panel, (rest + 1) / p.pixel_blocks * p.panel_block, panel_count, p.groups));
+                  shared.hidden + (image * map + pixel) * p.hidden_stride,
+                  p.out.data + image * p.out.image_stride + pixel * p.out.pixel_stride, panel,
+                  smaller(panel + p.panel_block, panel_count), {},
+                  next_panel(panel, (rest + 1) / p.pixel_blocks * p.panel_block, panel_count, p.groups));
   }
 }
 
 // Bands and chunks of so many pixels are products as efficient as a whole map's.
 constexpr int64_t kEnoughPixels = 84;
 
-// Output rows a step: as many as keep one panel's ring in L1. Output rows a chunk: as many as keep the hidden channels in L2,
+// Of `rows` output rows, those of a step: as many as keep one panel's ring in L1.
+FASTBLOCKS_INLINE int64_t step_rows(const BlockParams& p, int64_t rows) {
+  const int64_t ring_floats = 5 * 1024, row_floats = (p.width + 2 * p.padding) * kPanelVectors * kLanes;
+  const int64_t step = larger(1, (ring_floats / row_floats - p.kernel) / p.stride + 1);
+  return divide_up(rows, divide_up(rows, step));
+}
+
+// Output rows a chunk: as many as keep the hidden channels in L2,
 // and beside them what comes in and goes out, where that is more (ShuffleNet's units read a row again, for its residual); these
 // leave a chunk the pixels of an efficient product.
 FASTBLOCKS_INLINE void choose_rows(BlockParams& p, bool slices) {
-  const int64_t ring_floats = 5 * 1024, hidden_floats = 80 * 1024, all_floats = 96 * 1024;
-  const int64_t row_floats = (p.width + 2 * p.padding) * kPanelVectors * kLanes;
+  const int64_t hidden_floats = 80 * 1024, all_floats = 96 * 1024;
   // Without an expansion the next chunk's input is of the size of this one's hidden channels, and shares the cache with them.
   const int64_t next_floats = expands(p) ? 0 : p.stride * p.width * p.in_channels;
   const int64_t chunk_floats = p.out_width * p.hidden_stride + next_floats;
@@ -302,9 +360,7 @@ FASTBLOCKS_INLINE void choose_rows(BlockParams& p, bool slices) {
   const int64_t room = larger(all_floats / (chunk_floats + passing_floats), divide_up(kEnoughPixels, p.out_width));
   const int64_t chunk = smaller(height, larger(1, smaller(hidden_floats / chunk_floats, room)));
   p.chunk_rows = divide_up(height, divide_up(height, chunk));  // chunks of equal height
-  const int64_t limit = slices ? p.out_height : p.chunk_rows;
-  const int64_t step = larger(1, (ring_floats / row_floats - p.kernel) / p.stride + 1);
-  p.step_rows = divide_up(limit, divide_up(limit, step));
+  p.step_rows = step_rows(p, slices ? p.out_height : p.chunk_rows);
 }
 
 // Into how many bands of rows the slices are cut: into 2 where that evens out few slices over the threads, though the rows at
@@ -315,23 +371,47 @@ FASTBLOCKS_INLINE int64_t slice_parts(const BlockParams& p, int64_t slices, int 
   return p.out_height > 1 && halves < whole - whole / 16 ? 2 : 1;
 }
 
+// Rows a chunk of a block and its source: few, so that what lies between them and both blocks' hidden channels stay in L2.
+FASTBLOCKS_INLINE void choose_rows_of_both(BlockParams& p) {
+  BlockParams& source = *p.source;
+  const int64_t most = 110 * 1024;
+  const int64_t hidden = p.out_width * p.hidden_stride + p.stride * p.width * source.hidden_stride;
+  const int64_t made = p.width * p.in_channels, next = expands(source) ? 0 : source.stride * source.width * source.in_channels;
+  const int64_t height = divide_up(p.out_height, p.bands);
+  const int64_t rows = (most - (p.kernel - p.stride) * made) / (hidden + p.stride * (made + next));
+  p.chunk_rows = divide_up(height, divide_up(height, smaller(height, larger(1, rows))));
+  p.step_rows = p.chunk_rows;
+  source.bands = p.bands;
+  source.chunk_rows = p.stride * p.chunk_rows;
+  source.step_rows = step_rows(source, source.chunk_rows);
+}
+
 inline void block_prepare(void* params, int threads, Work* work) {
   BlockParams& p = *static_cast<BlockParams*>(params);
   const Hidden layout(p);
   // An odd number of cache lines a pixel: the pixels of a column then spread over all sets of the cache.
   p.hidden_stride = (divide_up(layout.padded(), 16) | 1) * 16;
+  p.fold_expand = p.expand_weight && fold_pays(p.images * p.height * p.width, p.in_channels / p.expand_groups);
+  p.fold_project = fold_pays(p.images * p.out_height * p.out_width, p.hidden_channels / p.groups);
+  p.pixel_block = 0, p.pool_items = 0;
+  int64_t floats;
+  block_shared(p, &floats);
+  work->shared = &p.shared;
+  work->count = p.absorbed ? 0 : 1, work->worker_bytes = 0;
+  if (p.absorbed) {  // the other block, which is prepared next, has the work
+    work->shared_bytes = floats * sizeof(float);
+    return;
+  }
   const bool whole_images = threads == 1 || p.images % threads == 0 || p.images >= 4 * threads;
   // Large enough bands spare a wait between expansion and projection. That repays the rows at the seam, and weights that each
   // thread reads.
-  const bool slices =
-      !whole_images && p.out_height * p.out_width < 28 * 28 && p.out_height / threads * p.out_width < kEnoughPixels;
+  const bool slices = !p.source && !whole_images && p.out_height * p.out_width < 28 * 28 &&
+                      p.out_height / threads * p.out_width < kEnoughPixels;
   p.bands = slices ? 0 : whole_images ? 1 : smaller(p.out_height, threads);
-  choose_rows(p, slices);
-  p.pixel_block = 0, p.pool_items = 0;
-  p.fold_expand = p.expand_weight && fold_pays(p.images * p.height * p.width, p.in_channels / p.expand_groups);
-  p.fold_project = fold_pays(p.images * p.out_height * p.out_width, p.hidden_channels / p.groups);
-  int64_t floats;
-  block_shared(p, &floats);
+  if (p.source)
+    choose_rows_of_both(p);
+  else
+    choose_rows(p, slices);
   if (slices) {
     const GroupedProduct product = block_projection(p);
     // A group is projected whole: its operand is laid out once.
@@ -347,11 +427,9 @@ inline void block_prepare(void* params, int threads, Work* work) {
     // interleaving reads whole vectors
     floats += p.images * p.out_height * p.out_width * p.hidden_stride + 16;
   } else {
-    work->count = 1;
     work->phases[0] = {block_bands_run, &p, p.images * p.bands, p.images};
   }
   work->shared_bytes = floats * sizeof(float);
-  work->shared = &p.shared;
   block_scratch(p, nullptr, &work->worker_bytes);
 }
 

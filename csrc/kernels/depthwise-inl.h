@@ -36,7 +36,7 @@ FASTBLOCKS_INLINE void depthwise_taps(Vec (&sum)[T], const float* x, int64_t px,
 // T outputs of V vectors of channels. PX is the input's pixel stride where it is known (0: read it from r); kWhole: all kernel
 // rows lie inside the map, so that their loop can be unrolled.
 template <int K, int S, int T, int V, int PX, bool kPartial, bool kWhole>
-FASTBLOCKS_INLINE void depthwise_strip(const DepthwiseRow& r, const float* const (&rows)[K], int64_t in_offset, float* out,
+FASTBLOCKS_INLINE void depthwise_strip(const DepthwiseRows& r, const float* const (&rows)[K], int64_t in_offset, float* out,
                                        int64_t channel, int lanes) {
   const int64_t px = PX ? PX : r.pixel_stride, weight_stride = r.weight_stride;
   Vec sum[V][T];
@@ -57,7 +57,8 @@ FASTBLOCKS_INLINE void depthwise_strip(const DepthwiseRow& r, const float* const
 #pragma GCC unroll 3
     for (int ky = 0; ky < K; ++ky) add_row(ky);
   } else {
-    for (int64_t ky = r.row_begin; ky < r.row_end; ++ky) add_row(ky);
+    for (int64_t ky = 0; ky < K; ++ky)
+      if (rows[ky]) add_row(ky);
   }
   const Vec low = broadcast(r.clamp.low), high = broadcast(r.clamp.high);
 #pragma GCC unroll 16
@@ -74,18 +75,18 @@ FASTBLOCKS_INLINE void depthwise_strip(const DepthwiseRow& r, const float* const
 }
 
 // Any kernel, stride and dilation, one pixel: at borders where more than a tap is missing, and where no strip exists.
-inline void depthwise_pixel(const DepthwiseRow& r, int64_t column) {
+inline void depthwise_pixel(const DepthwiseRows& r, const float* const* rows, int64_t column, float* out) {
   const int64_t origin = column * r.stride - r.padding;
   int64_t kx_begin = 0, kx_end = r.kernel_width;
   while (kx_begin < kx_end && origin + kx_begin * r.dilation < 0) ++kx_begin;
   while (kx_end > kx_begin && origin + (kx_end - 1) * r.dilation >= r.width) --kx_end;
   const Vec low = broadcast(r.clamp.low), high = broadcast(r.clamp.high);
-  float* out = r.out + column * r.out_stride;
   for (int64_t c = 0; c < r.channels; c += kLanes) {
     const int lanes = r.pad_channels ? kLanes : (int)smaller(kLanes, r.channels - c);
     Vec sum = load(r.shift + c);
-    for (int64_t ky = r.row_begin; ky < r.row_end; ++ky) {
-      const float* x = r.rows[ky] + origin * r.pixel_stride + c;
+    for (int64_t ky = 0; ky < r.kernel_height; ++ky) {
+      if (!rows[ky]) continue;
+      const float* x = rows[ky] + origin * r.pixel_stride + c;
       const float* w = r.weight + ky * r.kernel_width * r.weight_stride + c;
       for (int64_t kx = kx_begin; kx < kx_end; ++kx) {
         const float* at = x + kx * r.dilation * r.pixel_stride;
@@ -111,14 +112,14 @@ constexpr int kWideStrip = 4;
 
 // A pixel at the map's edge, whose taps kFirst to kLast - 1 lie inside.
 template <int K, int kFirst, int kLast>
-inline void depthwise_edge(const DepthwiseRow& r, int64_t column) {
+inline void depthwise_edge(const DepthwiseRows& r, const float* const* rows, int64_t column, float* out) {
   const int64_t px = r.pixel_stride, weight_stride = r.weight_stride, origin = (column * r.stride - r.padding) * px;
   const Vec low = broadcast(r.clamp.low), high = broadcast(r.clamp.high);
-  float* out = r.out + column * r.out_stride;
   const auto pixel = [&](int64_t c, auto whole, int lanes) __attribute__((always_inline)) {
     Vec sum = load(r.shift + c);
-    for (int64_t ky = r.row_begin; ky < r.row_end; ++ky) {
-      const float *x = r.rows[ky] + origin + c, *w = r.weight + ky * K * weight_stride + c;
+    for (int64_t ky = 0; ky < K; ++ky) {
+      if (!rows[ky]) continue;
+      const float *x = rows[ky] + origin + c, *w = r.weight + ky * K * weight_stride + c;
 #pragma GCC unroll 8
       for (int kx = kFirst; kx < kLast; ++kx)
         sum += (whole ? load(x + kx * px) : load_partial(x + kx * px, lanes)) * load(w + kx * weight_stride);
@@ -137,9 +138,8 @@ inline void depthwise_edge(const DepthwiseRow& r, int64_t column) {
 
 // All channels of a strip, at a pixel stride known only at run time.
 template <int K, int S, int T, bool kWhole>
-FASTBLOCKS_INLINE void depthwise_strip_channels(const DepthwiseRow& r, const float* const (&rows)[K], int64_t column) {
-  const int64_t in_offset = (column * S - r.padding) * r.pixel_stride;
-  float* out = r.out + column * r.out_stride;
+FASTBLOCKS_INLINE void depthwise_strip_channels(const DepthwiseRows& r, const float* const (&rows)[K], int64_t in_offset,
+                                                float* out) {
   int64_t c = 0;
   if constexpr (T == kWideStrip)
     if (few_sets(r.pixel_stride))
@@ -159,78 +159,87 @@ FASTBLOCKS_INLINE void for_each_strip(int64_t x, int64_t end, Strip strip) {
   if (x < end) strip(Number<1>(), x);
 }
 
+// The columns [x, end) of one output row, whose windows lie inside the map.
 template <int K, int S, int PX, bool kWhole>
-inline void depthwise_interior(const DepthwiseRow& row, int64_t x, int64_t end) {
+inline void depthwise_interior(const DepthwiseRows& all, const float* const* row_table, int64_t x, int64_t end, float* row) {
   // Copies that no store through a pointer can change: they stay in registers.
-  const DepthwiseRow r = row;
+  const DepthwiseRows r = all;
   const float* rows[K];
 #pragma GCC unroll 8
-  for (int ky = 0; ky < K; ++ky) rows[ky] = kWhole || (ky >= r.row_begin && ky < r.row_end) ? row.rows[ky] : nullptr;
-  if (PX) {
-    // A slice is two vectors wide: what a strip prepares is shared along the row, not across channels.
-    for (int64_t c = 0; c < PX; c += kLanes)
-      for_each_strip(x, end, [&](auto width, int64_t column) __attribute__((always_inline)) {
-        constexpr int T = decltype(width)::value;
-        depthwise_strip<K, S, T, 1, PX, false, kWhole>(r, rows, (column * S - r.padding) * PX, r.out + column * r.out_stride, c,
-                                                       kLanes);
-      });
-  } else {
-    if (few_sets(r.pixel_stride))
-      for (; x + kWideStrip <= end; x += kWideStrip) depthwise_strip_channels<K, S, kWideStrip, kWhole>(r, rows, x);
-    for_each_strip(x, end, [&](auto width, int64_t column) __attribute__((always_inline)) {
-      depthwise_strip_channels<K, S, decltype(width)::value, kWhole>(r, rows, column);
-    });
-  }
+  for (int ky = 0; ky < K; ++ky) rows[ky] = row_table[ky];
+  const int64_t px = PX ? PX : r.pixel_stride;
+  const auto strip = [&](auto width, int64_t column) __attribute__((always_inline)) {
+    constexpr int T = decltype(width)::value;
+    const int64_t in_offset = (column * S - r.padding) * px;
+    float* const out = row + column * r.out_stride;
+    if constexpr (PX > 0)
+      for (int64_t c = 0; c < PX; c += kLanes)  // the vectors of a line in turn: it is stored to at one go
+        depthwise_strip<K, S, T, 1, PX, false, kWhole>(r, rows, in_offset, out, c, kLanes);
+    else
+      depthwise_strip_channels<K, S, T, kWhole>(r, rows, in_offset, out);
+  };
+  if (!PX && few_sets(px))
+    for (; x + kWideStrip <= end; x += kWideStrip) strip(Number<kWideStrip>(), x);
+  for_each_strip(x, end, strip);
 }
 
 template <int K, int S, int PX>
-inline void depthwise_row_strips(const DepthwiseRow& r) {
+inline void depthwise_strips(const DepthwiseRows& r) {
   // Strips cover the columns whose whole window lies inside the map.
   int64_t begin = divide_up(r.padding, S);
   int64_t end = r.width + r.padding >= K ? (r.width + r.padding - K) / S + 1 : 0;
   begin = smaller(begin, r.out_width);
   end = larger(begin, smaller(end, r.out_width));
+  const float* const* rows = r.rows;
+  float* out = r.out;
   const auto edge = [&](int64_t column) {
     const int64_t origin = column * S - r.padding;
+    float* const to = out + column * r.out_stride;
     if (origin == -1 && r.width >= K - 1)
-      depthwise_edge<K, 1, K>(r, column);
+      depthwise_edge<K, 1, K>(r, rows, column, to);
     else if (origin >= 0 && origin + K == r.width + 1)
-      depthwise_edge<K, 0, K - 1>(r, column);
+      depthwise_edge<K, 0, K - 1>(r, rows, column, to);
     else
-      depthwise_pixel(r, column);
+      depthwise_pixel(r, rows, column, to);
   };
-  for (int64_t x = 0; x < begin; ++x) edge(x);
-  if (K == 3 && r.row_begin == 0 && r.row_end == K)  // more rows are not unrolled
-    depthwise_interior<K, S, PX, K == 3>(r, begin, end);
-  else
-    depthwise_interior<K, S, PX, false>(r, begin, end);
-  for (int64_t x = end; x < r.out_width; ++x) edge(x);
+  for (int64_t i = 0; i < r.count; ++i, rows += K, out += r.out_width * r.out_stride) {
+    bool whole = K == 3;  // more rows are not unrolled
+#pragma GCC unroll 8
+    for (int ky = 0; ky < K; ++ky) whole = whole && rows[ky];
+    for (int64_t x = 0; x < begin; ++x) edge(x);
+    if (whole)
+      depthwise_interior<K, S, PX, K == 3>(r, rows, begin, end, out);
+    else
+      depthwise_interior<K, S, PX, false>(r, rows, begin, end, out);
+    for (int64_t x = end; x < r.out_width; ++x) edge(x);
+  }
 }
 
-inline void depthwise_row_any(const DepthwiseRow& r) {
-  for (int64_t x = 0; x < r.out_width; ++x) depthwise_pixel(r, x);
+inline void depthwise_any(const DepthwiseRows& r) {
+  for (int64_t i = 0; i < r.count; ++i)
+    for (int64_t x = 0; x < r.out_width; ++x)
+      depthwise_pixel(r, r.rows + i * r.kernel_height, x, r.out + (i * r.out_width + x) * r.out_stride);
 }
 
-// The row function of a geometry. `slice`: input and output are one panel wide (scratch of a fused block), all of it whole
-// vectors.
-inline DepthwiseRowFunction depthwise_row_function(int64_t kernel, int64_t stride, int64_t dilation, bool slice) {
+// The function of a geometry. `slice`: input and output are one panel wide (scratch of a fused block), all of it whole vectors.
+inline DepthwiseFunction depthwise_function(int64_t kernel, int64_t stride, int64_t dilation, bool slice) {
   constexpr int kSlice = kPanelVectors * kLanes;
   if (dilation == 1 && stride <= 2 && stride >= 1) {
     const bool one = stride == 1;
     switch (kernel) {
       case 3:
-        if (slice) return one ? depthwise_row_strips<3, 1, kSlice> : depthwise_row_strips<3, 2, kSlice>;
-        return one ? depthwise_row_strips<3, 1, 0> : depthwise_row_strips<3, 2, 0>;
+        if (slice) return one ? depthwise_strips<3, 1, kSlice> : depthwise_strips<3, 2, kSlice>;
+        return one ? depthwise_strips<3, 1, 0> : depthwise_strips<3, 2, 0>;
       case 5:
-        if (slice) return one ? depthwise_row_strips<5, 1, kSlice> : depthwise_row_strips<5, 2, kSlice>;
-        return one ? depthwise_row_strips<5, 1, 0> : depthwise_row_strips<5, 2, 0>;
+        if (slice) return one ? depthwise_strips<5, 1, kSlice> : depthwise_strips<5, 2, kSlice>;
+        return one ? depthwise_strips<5, 1, 0> : depthwise_strips<5, 2, 0>;
       case 7:
-        if (slice) return one ? depthwise_row_strips<7, 1, kSlice> : depthwise_row_strips<7, 2, kSlice>;
-        return one ? depthwise_row_strips<7, 1, 0> : depthwise_row_strips<7, 2, 0>;
+        if (slice) return one ? depthwise_strips<7, 1, kSlice> : depthwise_strips<7, 2, kSlice>;
+        return one ? depthwise_strips<7, 1, 0> : depthwise_strips<7, 2, 0>;
       default: break;
     }
   }
-  return depthwise_row_any;
+  return depthwise_any;
 }
 
 // The BatchNorm folded into a depthwise convolution: shift[padded], then the taps multiplied by the scale, then the scale
@@ -254,26 +263,24 @@ inline void depthwise_run(const void* params, int64_t begin, int64_t end, char* 
   const int64_t padded = round_up(p.channels, kLanes);
   const float** rows = reinterpret_cast<const float**>(scratch);
   const bool square = p.kernel[0] == p.kernel[1];
-  const DepthwiseRowFunction row_function =
-      square ? depthwise_row_function(p.kernel[1], p.stride[1], p.dilation[1], false) : depthwise_row_any;
+  const DepthwiseFunction function =
+      square ? depthwise_function(p.kernel[1], p.stride[1], p.dilation[1], false) : depthwise_any;
+  DepthwiseRows r;
+  r.rows = rows, r.count = 1, r.kernel_height = p.kernel[0];
+  r.width = p.width, r.pixel_stride = p.x.pixel_stride;
+  r.out_width = p.out_width, r.out_stride = p.out.pixel_stride;
+  r.kernel_width = p.kernel[1], r.stride = p.stride[1], r.padding = p.padding[1], r.dilation = p.dilation[1];
+  r.weight = p.shared + padded, r.weight_stride = padded;
+  r.shift = p.shared, r.clamp = p.clamp;
+  r.channels = p.channels, r.pad_channels = false;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / p.bands, band = item % p.bands;
     const int64_t from = band * p.out_height / p.bands, to = (band + 1) * p.out_height / p.bands;
     for (int64_t oy = from; oy < to; ++oy) {
-      DepthwiseRow r;
-      kernel_row_range(oy, p.stride[0], p.padding[0], p.dilation[0], p.kernel[0], p.height, &r.row_begin, &r.row_end);
-      for (int64_t ky = r.row_begin; ky < r.row_end; ++ky)
-        rows[ky] =
-            p.x.data + image * p.x.image_stride + (oy * p.stride[0] - p.padding[0] + ky * p.dilation[0]) * p.x.row_stride;
-      r.rows = rows;
-      r.width = p.width, r.pixel_stride = p.x.pixel_stride;
-      r.out_width = p.out_width, r.out_stride = p.out.pixel_stride;
-      r.kernel_width = p.kernel[1], r.stride = p.stride[1], r.padding = p.padding[1], r.dilation = p.dilation[1];
-      r.weight = p.shared + padded, r.weight_stride = padded;
-      r.shift = p.shared, r.clamp = p.clamp;
+      find_rows(oy, p.stride[0], p.padding[0], p.dilation[0], p.kernel[0], p.height, rows,
+                [&](int64_t y) { return p.x.data + image * p.x.image_stride + y * p.x.row_stride; });
       r.out = p.out.data + image * p.out.image_stride + oy * p.out.row_stride;
-      r.channels = p.channels, r.pad_channels = false;
-      row_function(r);
+      function(r);
     }
   }
 }

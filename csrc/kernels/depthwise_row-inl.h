@@ -7,13 +7,14 @@
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
 
-// One output row: rows[ky] points at column 0 of the input row of kernel row ky, first_tap <= ky < last_tap are inside the map.
-struct DepthwiseRow {
+// Some output rows: rows[i * kernel height + ky] points at column 0 of the input row that kernel row ky of output row i reads;
+// null beyond the map.
+struct DepthwiseRows {
   const float* const* rows;
-  int64_t row_begin, row_end;
-  int64_t width, pixel_stride, out_width, out_stride;
-  int64_t kernel_width, stride, padding, dilation;
-  const float* weight;  // [ky][kx][weight_stride], multiplied by the BatchNorm's scale
+  int64_t count, kernel_height;
+  int64_t width, pixel_stride, out_width, out_stride;  // an output row begins where the one before ends
+  int64_t kernel_width, stride, padding, dilation;     // of columns
+  const float* weight;                                 // [ky][kx][weight_stride], multiplied by the BatchNorm's scale
   int64_t weight_stride;
   const float* shift;
   Clamp clamp;
@@ -22,7 +23,7 @@ struct DepthwiseRow {
   bool pad_channels;  // input, weight and output have room for whole vectors
 };
 
-typedef void (*DepthwiseRowFunction)(const DepthwiseRow&);
+typedef void (*DepthwiseFunction)(const DepthwiseRows&);
 
 // Packs w[c][ky][kx] into [ky][kx][channels padded to whole vectors].
 inline void pack_depthwise(const float* w, int64_t channels, int64_t kernel_height, int64_t kernel_width,
@@ -35,15 +36,14 @@ inline void pack_depthwise(const float* w, int64_t channels, int64_t kernel_heig
     }
 }
 
-// The kernel rows of output row `oy` that lie inside the map: [*begin, *end).
-FASTBLOCKS_INLINE void kernel_row_range(int64_t oy, int64_t stride, int64_t padding, int64_t dilation, int64_t kernel,
-                                        int64_t height, int64_t* begin, int64_t* end) {
-  const int64_t origin = oy * stride - padding;
-  int64_t b = 0, e = kernel;
-  while (b < e && origin + b * dilation < 0) ++b;
-  while (e > b && origin + (e - 1) * dilation >= height) --e;
-  *begin = b;
-  *end = e;
+// Fills in the input rows of output row `oy`: row(y) is where row y of the map begins.
+template <class Row>
+FASTBLOCKS_INLINE void find_rows(int64_t oy, int64_t stride, int64_t padding, int64_t dilation, int64_t kernel, int64_t height,
+                                 const float** rows, Row row) {
+  for (int64_t ky = 0; ky < kernel; ++ky) {
+    const int64_t y = oy * stride - padding + ky * dilation;
+    rows[ky] = y >= 0 && y < height ? row(y) : nullptr;
+  }
 }
 
 }  // namespace FASTBLOCKS_LEVEL

@@ -123,7 +123,8 @@ struct BlockParams {
   // Groups of the projection and of the shuffle in front of the depthwise convolution; groups of the expansion, 1 or the same.
   int64_t groups, expand_groups;
   Image x;                     // row_stride = width * pixel_stride
-  const ConvParams* stem;      // makes x from an image, a few rows at a time; null: x is in memory
+  const ConvParams* stem;      // makes x from an image, a few rows at a time; null: x is in memory, or `source` makes it
+  BlockParams* source;         // makes x, a few rows at a time; has no source itself
   const float* expand_weight;  // null: no expansion, hidden_channels = in_channels
   const float* depthwise_weight;
   const float* project_weight;
@@ -134,6 +135,7 @@ struct BlockParams {
   Image pooled;    // where x goes, averaged over 3x3 windows of the same stride; data null: nowhere
   Image out;       // row_stride = out_width * pixel_stride
   float* shared;
+  bool absorbed;  // another block's source
   // set by prepare
   bool fold_expand, fold_project;
   int64_t bands, chunk_rows, step_rows, hidden_stride, pixel_block, pixel_blocks, panel_block, panel_blocks, pool_items,

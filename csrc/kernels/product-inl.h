@@ -17,8 +17,8 @@ void product(const Pixels& a, int64_t pixels, int64_t channels, const float* wei
 }
 
 // kernel 0: any.
-DepthwiseRowFunction depthwise_row_for(int64_t kernel, int64_t stride, int64_t dilation) {
-  return depthwise_row_function(kernel, stride, dilation, false);
+DepthwiseFunction depthwise_for(int64_t kernel, int64_t stride, int64_t dilation) {
+  return depthwise_function(kernel, stride, dilation, false);
 }
 
 }  // namespace FASTBLOCKS_LEVEL

@@ -27,10 +27,11 @@ class Block : public CallOf<BlockParams> {
 
  protected:
   // For blocks of which the depthwise convolution alone reads the input.
-  bool take_over(ConvParams* stem) {
+  bool take_over(const RowMaker& maker) {
     if (expand_ || adds_input_) return false;
-    stem->absorbed = true, p_.stem = stem;
-    return true;
+    if (maker.conv) maker.conv->absorbed = true, p_.stem = maker.conv;
+    if (maker.block && pays(*maker.block)) maker.block->absorbed = true, p_.source = maker.block;
+    return p_.stem || p_.source;
   }
   // Records; expand may be null: no expansion.
   Block(PyObject* expand, double expand_eps, PyObject* depthwise, double depthwise_eps, PyObject* project, double project_eps,
@@ -69,6 +70,14 @@ class Block : public CallOf<BlockParams> {
   static void add_step(std::vector<Step>& to, BlockParams& p) {
     if (p.images > 0 && p.hidden_channels > 0 && p.out_channels > 0) to.push_back({&kernels().block, &p});
   }
+  // Both blocks' weights are to stay in L2 beside some rows; and it is for maps that do not.
+  bool pays(const BlockParams& source) const {
+    const int64_t weights =
+        source.hidden_channels * (source.in_channels * (source.expand_weight != nullptr) + source.out_channels) +
+        p_.hidden_channels * p_.out_channels;
+    return !source.source && weights <= 32 * 1024 && p_.out_height * p_.out_width >= 28 * 28 &&
+           p_.height * p_.width * p_.in_channels >= 256 * 1024;
+  }
   const TensorView& first_weight() const { return expand_ ? expand_->weight : depthwise_.weight; }
 
   std::unique_ptr<Conv> expand_;
@@ -88,7 +97,8 @@ class InvertedResidual : public Block {
     p_.stride = integer(args[5]), p_.padding = integer(args[6]);
     p_.expand_clamp = p_.depthwise_clamp = clamp(args[7]), adds_input_ = truth(args[8]);
   }
-  bool absorb(ConvParams* stem) override { return take_over(stem); }
+  RowMaker row_maker() override { return {nullptr, &p_}; }
+  bool absorb(const RowMaker& maker) override { return take_over(maker); }
 
  private:
   static double eps(PyObject* const* args, int i) { return number(items(args[4], 3)[i]); }
@@ -102,7 +112,8 @@ class DepthwiseSeparable : public Block {
     p_.stride = integer(args[4]), p_.padding = integer(args[5]);
     p_.depthwise_clamp = p_.project_clamp = clamp(args[6]);
   }
-  bool absorb(ConvParams* stem) override { return take_over(stem); }
+  RowMaker row_maker() override { return {nullptr, &p_}; }
+  bool absorb(const RowMaker& maker) override { return take_over(maker); }
 };
 
 // (input, compress, depthwise, expand, eps, stride, groups, activation)

@@ -128,7 +128,7 @@ class DenseConv : public Window<ConvParams> {
   void steps(std::vector<Step>& to) override {
     if (p_.images > 0 && p_.out_channels > 0) to.push_back({&kernels().conv, &p_});
   }
-  ConvParams* stem() override { return &p_; }
+  RowMaker row_maker() override { return {&p_, nullptr}; }
 
  private:
   PyObject* record_;            // borrowed

@@ -54,9 +54,9 @@ class WindowPool : public CallOf<WindowPoolParams> {
     if (p_.images > 0 && p_.channels > 0) to.push_back({&kernels().window_pool, &p_});
   }
   // Not where most rows of a window are the next one's, too, or where the rows are too few to share out.
-  bool absorb(ConvParams* stem) override {
-    if (kAverage || p_.kernel[0] > 2 * p_.stride[0] || p_.out_height < 8) return false;
-    stem->absorbed = true, p_.stem = stem;
+  bool absorb(const RowMaker& maker) override {
+    if (!maker.conv || kAverage || p_.kernel[0] > 2 * p_.stride[0] || p_.out_height < 8) return false;
+    maker.conv->absorbed = true, p_.stem = maker.conv;
     return true;
   }
 };

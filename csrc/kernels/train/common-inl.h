@@ -11,7 +11,7 @@ namespace FASTBLOCKS_LEVEL {
 // Compiled with the inference kernels.
 void product(const Pixels& a, int64_t pixels, int64_t channels, const float* weight, const float* zeros, const float* residual,
              int64_t residual_stride, float* out, int64_t out_stride, const Range& soon);
-DepthwiseRowFunction depthwise_row_for(int64_t kernel, int64_t stride, int64_t dilation);
+DepthwiseFunction depthwise_for(int64_t kernel, int64_t stride, int64_t dilation);
 
 FASTBLOCKS_INLINE int64_t padded(int64_t channels) { return round_up(channels, kPadding); }
 FASTBLOCKS_INLINE Vec load_some(const float* p, int lanes) { return lanes == kLanes ? load(p) : load_partial(p, lanes); }

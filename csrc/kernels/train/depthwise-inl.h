@@ -10,7 +10,7 @@
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
 
-constexpr int64_t kRingFloats = 64 * 1024;
+constexpr int64_t kRingFloats = 96 * 1024;  // of rings and rows: L2 holds them, and a row's channels are read in one piece
 constexpr int64_t kSumPixels = 56;
 
 // Input row `y`, channels [first, first + channels), to the ring. Its rows have zeros at both sides, so that windows never
@@ -29,7 +29,10 @@ inline void read_row(const TrainDepthwise& p, int64_t image, int64_t y, int64_t 
   }
 }
 
-FASTBLOCKS_INLINE int64_t chunk_stride(const TrainDepthwise& p) { return round_up(p.chunk, kLanes); }
+// Pixels 256 floats apart, or a multiple, would lie in few sets of the cache.
+FASTBLOCKS_INLINE int64_t chunk_stride(const TrainDepthwise& p) {
+  return round_up(p.chunk, kLanes) + (p.chunk % 256 == 0 ? kPadding : 0);
+}
 
 inline void train_depthwise_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
   const TrainDepthwise& p = *static_cast<const TrainDepthwise*>(params);
@@ -41,7 +44,7 @@ inline void train_depthwise_run(const void* params, int64_t begin, int64_t end, 
   float* block = scratch.take<float>(p.stream ? (kSumPixels + p.out_width) * stride + kPadding : 0);
   Moments moments(p.channels, scratch);
   const bool square = p.kernel[0] == p.kernel[1];
-  const DepthwiseRowFunction row_function = depthwise_row_for(square ? p.kernel[1] : 0, p.stride[1], p.dilation[1]);
+  const DepthwiseFunction function = depthwise_for(square ? p.kernel[1] : 0, p.stride[1], p.dilation[1]);
   __builtin_memset(ring, 0, p.ring_rows * p.ring_width * stride * sizeof(float));
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / p.bands, band = item % p.bands;
@@ -50,14 +53,13 @@ inline void train_depthwise_run(const void* params, int64_t begin, int64_t end, 
       const int64_t channels = smaller(p.chunk, p.channels - c);
       int64_t next = larger(0, from * p.stride[0] - p.padding[0]), summed = from;
       for (int64_t oy = from; oy < to; ++oy) {
-        DepthwiseRow r;
         const int64_t origin = oy * p.stride[0] - p.padding[0];
-        kernel_row_range(oy, p.stride[0], p.padding[0], p.dilation[0], p.kernel[0], p.height, &r.row_begin, &r.row_end);
         for (next = larger(next, origin); next < smaller(p.height, origin + (p.kernel[0] - 1) * p.dilation[0] + 1); ++next)
           read_row(p, image, next, c, channels, ring, stride, pixel);
-        for (int64_t ky = r.row_begin; ky < r.row_end; ++ky)
-          rows[ky] = ring + (origin + ky * p.dilation[0]) % p.ring_rows * p.ring_width * stride;
-        r.rows = rows;
+        find_rows(oy, p.stride[0], p.padding[0], p.dilation[0], p.kernel[0], p.height, rows,
+                  [&](int64_t y) { return ring + y % p.ring_rows * p.ring_width * stride; });
+        DepthwiseRows r;
+        r.rows = rows, r.count = 1, r.kernel_height = p.kernel[0];
         r.width = p.ring_width, r.pixel_stride = stride;
         r.out_width = p.out_width, r.out_stride = p.stream ? stride : p.channels;
         r.kernel_width = p.kernel[1], r.stride = p.stride[1], r.padding = 0, r.dilation = p.dilation[1];
@@ -68,7 +70,7 @@ inline void train_depthwise_run(const void* params, int64_t begin, int64_t end, 
         float* sum_rows = p.stream ? block : z;
         r.out = sum_rows + (oy - summed) * p.out_width * r.out_stride;
         r.channels = channels, r.pad_channels = false;
-        row_function(r);
+        function(r);
         // Rows are summed some at a time: a short one would not repay the sums' additions.
         const int64_t pixels = (oy + 1 - summed) * p.out_width;
         if (pixels < kSumPixels && oy + 1 < to) continue;
@@ -240,17 +242,15 @@ struct DepthwiseGradScratch {
 // Writes row `y` of the input's gradient to `out`, in the order of the map's channels. The dy rows that it needs are in the
 // ring.
 inline void depthwise_grad_row(const DepthwiseGrad& p, const DepthwiseGradScratch& s, int64_t y, int64_t c, int64_t channels,
-                               DepthwiseRowFunction row_function, float* out) {
+                               DepthwiseFunction function, float* out) {
   const TrainDepthwise& q = p.conv;
   const int64_t stride = chunk_stride(q), all = padded(q.channels), ring = p.dy_ring_width * stride;
   float* to = q.shuffle == 1 ? out : s.pixel;
-  if (row_function) {  // stride 1: a convolution with the flipped taps
-    DepthwiseRow r;
-    const int64_t padding = q.dilation[0] * (q.kernel[0] - 1) - q.padding[0];
-    kernel_row_range(y, 1, padding, q.dilation[0], q.kernel[0], q.out_height, &r.row_begin, &r.row_end);
-    for (int64_t ky = r.row_begin; ky < r.row_end; ++ky)
-      s.rows[ky] = s.dy_ring + (y - padding + ky * q.dilation[0]) % p.dy_ring_rows * ring;
-    r.rows = s.rows;
+  if (function) {  // stride 1: a convolution with the flipped taps
+    find_rows(y, 1, q.dilation[0] * (q.kernel[0] - 1) - q.padding[0], q.dilation[0], q.kernel[0], q.out_height, s.rows,
+              [&](int64_t row) { return s.dy_ring + row % p.dy_ring_rows * ring; });
+    DepthwiseRows r;
+    r.rows = s.rows, r.count = 1, r.kernel_height = q.kernel[0];
     r.width = p.dy_ring_width, r.pixel_stride = stride;
     r.out_width = q.width, r.out_stride = stride;
     r.kernel_width = q.kernel[1], r.stride = 1, r.padding = 0, r.dilation = q.dilation[1];
@@ -258,7 +258,7 @@ inline void depthwise_grad_row(const DepthwiseGrad& p, const DepthwiseGradScratc
     r.shift = q.zeros;
     r.clamp = {-__builtin_inff(), __builtin_inff()};
     r.out = to, r.channels = round_up(channels, kLanes), r.pad_channels = true;
-    row_function(r);
+    function(r);
   } else {
     int64_t count = 0;
     for (int64_t ky = 0; ky < q.kernel[0]; ++ky) {
@@ -320,8 +320,8 @@ inline void depthwise_grad_run(const void* params, int64_t begin, int64_t end, c
   s.rows = scratch.take<const float*>(q.kernel[0]);
   s.kernel_rows = scratch.take<int64_t>(q.kernel[0]);
   Sums sums(q.channels, scratch);
-  const DepthwiseRowFunction row_function =
-      flips(q) ? depthwise_row_for(q.kernel[0] == q.kernel[1] ? q.kernel[1] : 0, 1, q.dilation[1]) : nullptr;
+  const DepthwiseFunction function =
+      flips(q) ? depthwise_for(q.kernel[0] == q.kernel[1] ? q.kernel[1] : 0, 1, q.dilation[1]) : nullptr;
   const int64_t reach = (q.kernel[0] - 1) * q.dilation[0];
   __builtin_memset(s.x_ring, 0, q.ring_rows * q.ring_width * stride * sizeof(float));
   __builtin_memset(s.dy_ring, 0, p.dy_ring_rows * p.dy_ring_width * stride * sizeof(float));
@@ -341,7 +341,7 @@ inline void depthwise_grad_run(const void* params, int64_t begin, int64_t end, c
       int64_t next = larger(0, band.dy_begin * q.stride[0] - q.padding[0]), y = band.begin;
       GradRows waiting = {y, 0};
       const auto add_row = [&] {
-        depthwise_grad_row(p, s, y++, c, channels, row_function, s.row + waiting.count * q.width * stride);
+        depthwise_grad_row(p, s, y++, c, channels, function, s.row + waiting.count * q.width * stride);
         ++waiting.count;
         if (waiting.count * q.width >= kSumPixels || y == band.end) finish_rows(p, s, image, waiting, c, channels, sums);
       };
