@@ -322,10 +322,51 @@ def test_a_pool_makes_its_stem_row_by_row(tier: str, threads: int, window: tuple
     assert chained(layers) == tier.startswith("native")
 
 
+def separable(channels: int, out: int, stride: int = 1) -> fastblocks.DepthwiseSeparableConv:
+    return fastblocks.DepthwiseSeparableConv(channels, out, stride)
+
+
+SOURCES = {  # the block that makes the rows, the one that reads them, and what comes before and behind
+    "separable": lambda: [PointwiseConvBNAct(3, 16), separable(16, 64), separable(64, 8, 2), separable(8, 8)],
+    "behind a stem": lambda: [ConvBNAct(3, 32, stride=2), separable(32, 257), separable(257, 17), PointwiseConvBNAct(17, 9)],
+    "strided": lambda: [separable(3, 257, 2), separable(257, 24, 2)],
+    "expanding": lambda: [PointwiseConvBNAct(3, 12), InvertedResidual(12, 66), InvertedResidual(66, 10, 1, 1)],
+    "adding its input": lambda: [PointwiseConvBNAct(3, 66), InvertedResidual(66, 66, 1, 2), InvertedResidual(66, 10, 2, 1)],
+    "two in a row": lambda: [separable(3, 72), separable(72, 72), separable(72, 8), PointwiseConvBNAct(8, 72)],
+}
+
+
 @native
-@pytest.mark.parametrize("reader", ["fastblocks.DepthwiseSeparableConv(32, 16)", "fastblocks.MaxPool2d(3, 2, 1)"])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("layers_of", SOURCES.values(), ids=SOURCES)
+def test_a_block_makes_its_input_row_by_row(tier: str, layers_of: Callable[[], list[nn.Module]], threads: int) -> None:
+    """Maps too large for a cache, in one band and in several, of images that take turns in the same memory."""
+    layers = settled(Sequential(*layers_of()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            for size in ((1, 3, 130, 131), (7, 3, 71, 64), (2, 3, 128, 141)):
+                x = torch.randn(size)
+                want = one_by_one(layers, x)
+                for _ in range(3):
+                    torch.testing.assert_close(layers(x), want, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+    assert chained(layers) == tier.startswith("native")
+
+
+@native
+@pytest.mark.parametrize(
+    "reader",
+    [
+        "fastblocks.DepthwiseSeparableConv(32, 16)",
+        "fastblocks.DepthwiseSeparableConv(32, 64), fastblocks.DepthwiseSeparableConv(64, 16)",
+        "fastblocks.MaxPool2d(3, 2, 1)",
+    ],
+)
 def test_what_is_absorbed_takes_no_memory(reader: str) -> None:
-    """The stem's output, 32 x 256 x 256 numbers, is no part of the peak, in a process of its own."""
+    """The stem's output, 32 x 256 x 256 numbers, and a block's are no part of the peak, in a process of its own."""
     code = f"""
 import torch, fastblocks
 torch.set_num_threads(1)
