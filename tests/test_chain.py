@@ -328,10 +328,19 @@ def separable(channels: int, out: int, stride: int = 1) -> fastblocks.DepthwiseS
 
 SOURCES = {  # the block that makes the rows, the one that reads them, and what comes before and behind
     "separable": lambda: [PointwiseConvBNAct(3, 16), separable(16, 64), separable(64, 8, 2), separable(8, 8)],
-    "behind a stem": lambda: [ConvBNAct(3, 32, stride=2), separable(32, 257), separable(257, 17), PointwiseConvBNAct(17, 9)],
+    "behind a stem": lambda: [
+        ConvBNAct(3, 32, stride=2),
+        separable(32, 257),
+        separable(257, 17),
+        PointwiseConvBNAct(17, 9),
+    ],
     "strided": lambda: [separable(3, 257, 2), separable(257, 24, 2)],
     "expanding": lambda: [PointwiseConvBNAct(3, 12), InvertedResidual(12, 66), InvertedResidual(66, 10, 1, 1)],
-    "adding its input": lambda: [PointwiseConvBNAct(3, 66), InvertedResidual(66, 66, 1, 2), InvertedResidual(66, 10, 2, 1)],
+    "adding its input": lambda: [
+        PointwiseConvBNAct(3, 66),
+        InvertedResidual(66, 66, 1, 2),
+        InvertedResidual(66, 10, 2, 1),
+    ],
     "two in a row": lambda: [separable(3, 72), separable(72, 72), separable(72, 8), PointwiseConvBNAct(8, 72)],
 }
 

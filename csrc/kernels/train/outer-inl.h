@@ -8,9 +8,11 @@ namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
 
 constexpr int kOuterRows = kRegisters == 32 ? 12 : 6;
+// Pixels between two fetches. With 16 registers a pixel is 12 multiply-adds: a fetch for each cost 4 to 8 % of them.
+constexpr int kOuterPixels = kRegisters == 32 ? 1 : 2;
 
-// Streams of memory that is needed soon: each pixel of a tile fetches some of all, so that reading them overlaps with computing
-// all the time.
+// Streams of memory that is needed soon: every pixel or two of a tile fetch some of all, so that reading them overlaps with
+// computing all the time.
 struct Stream {
   const float* at;
   int64_t step;  // floats a pixel
@@ -32,23 +34,32 @@ inline void outer_tile(const float* dy, int64_t dy_stride, const float* x, int64
     __builtin_prefetch(out + r * out_stride, 1);
     __builtin_prefetch(out + r * out_stride + V * kLanes - 1, 1);
   }
-  for (int64_t m = 0; m < pixels; ++m, dy += dy_stride, x += x_stride) {
-    __builtin_prefetch(first), first += step0;
-    __builtin_prefetch(second), second += step1;
+  const auto fetch = [&](int64_t count) __attribute__((always_inline)) {
+    __builtin_prefetch(first), first += count * step0;
+    __builtin_prefetch(second), second += count * step1;
     if (S == 4) {
-      __builtin_prefetch(third), third += step2;
-      __builtin_prefetch(fourth), fourth += step3;
+      __builtin_prefetch(third), third += count * step2;
+      __builtin_prefetch(fourth), fourth += count * step3;
     }
+  };
+  const auto add_pixel = [&](const float* d, const float* at) __attribute__((always_inline)) {
     Vec b[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) b[v] = load(x + v * kLanes);
+    for (int v = 0; v < V; ++v) b[v] = load(at + v * kLanes);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const Vec a = broadcast(dy[r]);
+      const Vec a = broadcast(d[r]);
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) add_product(sum[r][v], a, b[v]);
     }
+  };
+  int64_t m = pixels;
+  for (; m >= kOuterPixels; m -= kOuterPixels, dy += kOuterPixels * dy_stride, x += kOuterPixels * x_stride) {
+    fetch(kOuterPixels);
+#pragma GCC unroll 2
+    for (int i = 0; i < kOuterPixels; ++i) add_pixel(dy + i * dy_stride, x + i * x_stride);
   }
+  for (; m > 0; --m, dy += dy_stride, x += x_stride) fetch(1), add_pixel(dy, x);
   soon[0].at = first, soon[1].at = second;
   if (S == 4) soon[S - 2].at = third, soon[S - 1].at = fourth;
 #pragma GCC unroll 12
