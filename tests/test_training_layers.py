@@ -289,6 +289,14 @@ def test_every_second_sum_is_made_by_its_readers() -> None:
     assert found.count((2, 12, 6, 6)) == 10
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("channels", "height", "width"), [(403, 12, 44), (512, 9, 14)])
+def test_many_depthwise_channels(tier: str, channels: int, height: int, width: int, stride: int) -> None:
+    """Rings that are too large for all channels at once; and pixels that share sets of the cache."""
+    layer = lively(DepthwiseConvBNAct(channels, stride=stride))
+    check_step(layer, torch.randn(2, channels, height, width).contiguous(memory_format=torch.channels_last))
+
+
 def test_a_layer_twice_in_a_row(tier: str) -> None:
     """Its gradients add up, its statistics are updated twice."""
     layer = InvertedResidual(8, 8)
