@@ -289,6 +289,13 @@ def test_every_second_sum_is_made_by_its_readers() -> None:
     assert found.count((2, 12, 6, 6)) == 10
 
 
+@pytest.mark.parametrize(("channels", "out_channels"), [(130, 515), (512, 520)])
+def test_many_pointwise_channels(tier: str, channels: int, out_channels: int) -> None:
+    """Gradients of weights that do not stay in a cache, of several blocks of pixels, whose own gradients come in parts."""
+    layer = lively(PointwiseConvBNAct(channels, out_channels))
+    check_step(layer, torch.randn(5, channels, 16, 17).contiguous(memory_format=torch.channels_last))
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("channels", "height", "width"), [(403, 12, 44), (512, 9, 14)])
 def test_many_depthwise_channels(tier: str, channels: int, height: int, width: int, stride: int) -> None:

@@ -8,19 +8,21 @@ namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
 
 constexpr int kOuterRows = kRegisters == 32 ? 12 : 6;
-// Pixels between two fetches. With 16 registers a pixel is 12 multiply-adds: a fetch for each cost 4 to 8 % of them.
-constexpr int kOuterPixels = kRegisters == 32 ? 1 : 2;
+constexpr int kOuterPixels = 4;  // a step of the loop over pixels
+constexpr int kOuterTiles = 16;  // of rows, whose part of dy is read again for each pair of columns
+constexpr int64_t kLine = 16;    // floats of a cache line
 
-// Streams of memory that is needed soon: every pixel or two of a tile fetch some of all, so that reading them overlaps with
-// computing all the time.
+// A stream of memory that is needed soon: tiles fetch it line by line, so that reading it overlaps with computing all the time.
 struct Stream {
   const float* at;
-  int64_t step;  // floats a pixel
+  int64_t step;  // floats a fetch
 };
 
+// Fetches some of all streams before every `segment` pixels. With 16 registers a pixel is 12 multiply-adds and little more than
+// what loads their operands: a fetch for each pixel, or each second one, cost 4 to 8 % of them.
 template <int S, int R, int V>
 inline void outer_tile(const float* dy, int64_t dy_stride, const float* x, int64_t x_stride, int64_t pixels, float* out,
-                       int64_t out_stride, bool add, Stream* soon) {
+                       int64_t out_stride, bool add, Stream* soon, int64_t segment) {
   // One by one: the compiler puts the elements of an array into a vector register, which the sums need.
   const float *first = soon[0].at, *second = soon[1].at, *third = soon[S - 2].at, *fourth = soon[S - 1].at;
   const int64_t step0 = soon[0].step, step1 = soon[1].step, step2 = soon[S - 2].step, step3 = soon[S - 1].step;
@@ -32,14 +34,14 @@ inline void outer_tile(const float* dy, int64_t dy_stride, const float* x, int64
   // What the sums are added to is far away where the weight is large: it comes while they are made.
   for (int r = 0; r < R; ++r) {
     __builtin_prefetch(out + r * out_stride, 1);
-    __builtin_prefetch(out + r * out_stride + V * kLanes - 1, 1);
+    if (V * kLanes > kLine) __builtin_prefetch(out + r * out_stride + kLine, 1);
   }
-  const auto fetch = [&](int64_t count) __attribute__((always_inline)) {
-    __builtin_prefetch(first), first += count * step0;
-    __builtin_prefetch(second), second += count * step1;
+  const auto fetch = [&]() __attribute__((always_inline)) {
+    __builtin_prefetch(first), first += step0;
+    __builtin_prefetch(second), second += step1;
     if (S == 4) {
-      __builtin_prefetch(third), third += count * step2;
-      __builtin_prefetch(fourth), fourth += count * step3;
+      __builtin_prefetch(third), third += step2;
+      __builtin_prefetch(fourth), fourth += step3;
     }
   };
   const auto add_pixel = [&](const float* d, const float* at) __attribute__((always_inline)) {
@@ -53,13 +55,19 @@ inline void outer_tile(const float* dy, int64_t dy_stride, const float* x, int64
       for (int v = 0; v < V; ++v) add_product(sum[r][v], a, b[v]);
     }
   };
-  int64_t m = pixels;
-  for (; m >= kOuterPixels; m -= kOuterPixels, dy += kOuterPixels * dy_stride, x += kOuterPixels * x_stride) {
-    fetch(kOuterPixels);
-#pragma GCC unroll 2
-    for (int i = 0; i < kOuterPixels; ++i) add_pixel(dy + i * dy_stride, x + i * x_stride);
+  for (int64_t m = pixels; m > 0; m -= segment) {
+    fetch();
+    int64_t left = smaller(segment, m);
+    for (; left >= kOuterPixels; left -= kOuterPixels) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kOuterPixels; ++i) {
+        add_pixel(dy, x);
+        dy += dy_stride, x += x_stride;
+        hide(dy), hide(x);  // or the compiler keeps, and spills, an offset for each operand of each pixel
+      }
+    }
+    for (; left > 0; --left, dy += dy_stride, x += x_stride) add_pixel(dy, x);
   }
-  for (; m > 0; --m, dy += dy_stride, x += x_stride) fetch(1), add_pixel(dy, x);
   soon[0].at = first, soon[1].at = second;
   if (S == 4) soon[S - 2].at = third, soon[S - 1].at = fourth;
 #pragma GCC unroll 12
@@ -71,7 +79,7 @@ inline void outer_tile(const float* dy, int64_t dy_stride, const float* x, int64
     }
 }
 
-typedef void (*OuterTile)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool, Stream*);
+typedef void (*OuterTile)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool, Stream*, int64_t);
 
 template <int S, int V>
 FASTBLOCKS_INLINE OuterTile outer_tile_of(int64_t rows) {
@@ -98,22 +106,34 @@ template <int S>
 inline void outer_with(const float* dy, int64_t dy_stride, int64_t rows, const float* x, int64_t x_stride, int64_t columns,
                        int64_t pixels, float* out, int64_t out_stride, bool add, const Range* soon) {
   const int64_t tiles = divide_up(rows, kOuterRows), base = rows / tiles, extra = rows % tiles;
+  const int64_t all = tiles * divide_up(columns, 2 * kLanes);
+  int64_t longest = 0;
+  for (int i = 0; i < S; ++i)
+    if (soon[i].data) longest = larger(longest, soon[i].floats);
+  const int64_t fetches = larger(1, smaller(divide_up(longest, kLine * all), divide_up(pixels, kOuterPixels)));
+  const int64_t segment = round_up(divide_up(pixels, fetches), kOuterPixels), steps = all * divide_up(pixels, segment);
   // Where there is nothing to fetch, the same line again and again costs nothing.
-  const int64_t steps = tiles * divide_up(columns, 2 * kLanes) * pixels;
   Stream streams[S];
   for (int i = 0; i < S; ++i)
     streams[i] = soon[i].data ? Stream{soon[i].data, divide_up(soon[i].floats, steps)} : Stream{dy, 0};
-  for (int64_t c = 0; c < columns;) {
-    const bool pair = c + kLanes < columns;
-    const OuterTile large = pair ? outer_tile_of<S, 2>(base + 1) : outer_tile_of<S, 1>(base + 1);
-    const OuterTile small = pair ? outer_tile_of<S, 2>(base) : outer_tile_of<S, 1>(base);
-    int64_t r = 0;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const bool more = t < extra;
-      (more ? large : small)(dy + r, dy_stride, x + c, x_stride, pixels, out + r * out_stride + c, out_stride, add, streams);
-      r += base + more;
+  int64_t row = 0;
+  for (int64_t t = 0; t < tiles; t += kOuterTiles) {
+    const int64_t last = smaller(tiles, t + kOuterTiles);
+    int64_t r = row;
+    for (int64_t c = 0; c < columns;) {
+      const bool pair = c + kLanes < columns;
+      const OuterTile large = pair ? outer_tile_of<S, 2>(base + 1) : outer_tile_of<S, 1>(base + 1);
+      const OuterTile small = pair ? outer_tile_of<S, 2>(base) : outer_tile_of<S, 1>(base);
+      r = row;
+      for (int64_t i = t; i < last; ++i) {
+        const bool more = i < extra;
+        (more ? large : small)(dy + r, dy_stride, x + c, x_stride, pixels, out + r * out_stride + c, out_stride, add, streams,
+                               segment);
+        r += base + more;
+      }
+      c += pair ? 2 * kLanes : kLanes;
     }
-    c += pair ? 2 * kLanes : kLanes;
+    row = r;
   }
 }
 

@@ -149,7 +149,7 @@ struct PointwiseGrad {
   double* sums;            // [item][2][sums_stride], the pieces' side by side, each padded; null: none
   float* weight_partials;  // [item][out_channel][weight_stride]; null: not needed
   // set by prepare
-  int64_t items, item_pixels, block, dy_stride, x_stride, weight_stride, sums_stride;
+  int64_t items, item_pixels, block, part, dy_stride, x_stride, weight_stride, sums_stride;
 };
 
 struct TrainDepthwise {

@@ -9,7 +9,13 @@ namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
 
 constexpr int64_t kLargeWeight = 256 * 1024;
-constexpr int64_t kBlockFloats = 64 * 1024;  // of all operands of a block: half of L2, or less
+constexpr int64_t kBlockFloats = 64 * 1024;  // of all operands of a product: half of L2, or less
+constexpr int64_t kGradFloats = 160 * 1024;  // of all operands of a weight's gradient
+
+// How many pixels, of so many floats each, make a block.
+FASTBLOCKS_INLINE int64_t block_of(int64_t floats, int64_t pixel) { return smaller(192, larger(48, floats / pixel)); }
+// The same number of pixels or fewer, so that blocks are equal.
+FASTBLOCKS_INLINE int64_t even(int64_t pixels, int64_t block) { return divide_up(pixels, divide_up(pixels, block)); }
 
 FASTBLOCKS_INLINE bool is_plain(const SourcePiece* pieces, int64_t count) { return count == 1 && !pieces->source.norm.mean; }
 
@@ -57,9 +63,9 @@ inline void train_pointwise_run(const void* params, int64_t begin, int64_t end, 
 inline void train_pointwise_prepare(void* params, TrainWork* work) {
   TrainPointwise& p = *static_cast<TrainPointwise*>(params);
   p.panel_stride = panel_row(p.in_channels);
-  p.block = smaller(192, larger(48, kBlockFloats / (p.panel_stride + p.out_channels)));
+  p.block = block_of(kBlockFloats, p.panel_stride + p.out_channels);
   cut_pixels(p.pixels, p.block, 128, &p.items, &p.item_pixels);
-  p.block = divide_up(p.item_pixels, divide_up(p.item_pixels, p.block));
+  p.block = even(p.item_pixels, p.block);
   *work = {p.items, room<float>(p.block * p.panel_stride + kPadding) +
                         room<float>(p.stream ? p.block * p.out_channels + kPadding : 0) + Moments::bytes(p.out_channels)};
 }
@@ -82,7 +88,7 @@ inline void pointwise_grad_run(const void* params, int64_t begin, int64_t end, c
   Scratch scratch(memory);
   float* dy = scratch.take<float>(p.block * p.dy_stride + kPadding);
   float* x = scratch.take<float>(p.block * p.x_stride + kPadding);
-  float* block = scratch.take<float>(writes_block(p) ? p.block * p.x_stride + kPadding : 0);
+  float* block = scratch.take<float>(writes_block(p) ? p.part * p.x_stride + kPadding : 0);
   Sums sums(p.sums_stride, scratch);
   const bool in_place = !writes_block(p);
   const int64_t k = p.in_channels / p.groups, n = p.out_channels / p.groups;
@@ -111,14 +117,16 @@ inline void pointwise_grad_run(const void* params, int64_t begin, int64_t end, c
                 m > from, soon, addend.data || masks.data ? 4 : 2);
         }
       }
-      if (p.weight) {
-        float* dx = in_place ? p.dx->dx + m * p.dx->stride : block;
+      for (int64_t i = 0; p.weight && i < pixels; i += p.part) {
+        const int64_t at = m + i, count = smaller(p.part, pixels - i);
+        float* dx = in_place ? p.dx->dx + at * p.dx->stride : block;
         const int64_t stride = in_place ? p.dx->stride : p.x_stride;
-        const float* addend = p.addend ? p.addend + m * p.addend_stride : nullptr;
+        const float* addend = p.addend ? p.addend + at * p.addend_stride : nullptr;
         for (int64_t g = 0; g < p.groups; ++g)
-          product({dy + g * n, n, p.dy_stride, 1, nullptr}, pixels, k, p.weight + g * packed, p.zeros,
-                  addend ? addend + g * k : nullptr, p.addend_stride, dx + g * k, stride, later.part(g, p.groups));
-        finish_pieces(p.dx, p.pieces, dx, stride, m, pixels, sums);
+          product({dy + i * p.dy_stride + g * n, n, p.dy_stride, 1, nullptr}, count, k, p.weight + g * packed, p.zeros,
+                  addend ? addend + g * k : nullptr, p.addend_stride, dx + g * k, stride,
+                  later.part(i / p.part * p.groups + g, divide_up(pixels, p.part) * p.groups));
+        finish_pieces(p.dx, p.pieces, dx, stride, at, count, sums);
       }
     }
     if (p.weight && p.dx->finish.stream) fence();
@@ -135,13 +143,15 @@ inline void pointwise_grad_prepare(void* params, TrainWork* work) {
   // An item has a gradient of the weight of its own: few items where that is large, and a number that threads share evenly.
   const int64_t weight_floats = p.out_channels * p.weight_stride;
   const int64_t most = smaller(128, larger(8, (1 << 19) / weight_floats / 8 * 8));
-  p.block = smaller(192, larger(48, kBlockFloats / (p.dy_stride + 2 * p.x_stride)));
-  cut_pixels(p.pixels, p.block, most, &p.items, &p.item_pixels);
+  const int64_t pixel = p.dy_stride + 2 * p.x_stride;
+  p.part = block_of(kBlockFloats, pixel);
+  cut_pixels(p.pixels, p.part, most, &p.items, &p.item_pixels);
   // Each block adds to all of that gradient: where it lies beyond L2, rather the panels do, too.
-  if (weight_floats > kLargeWeight) p.block = smaller(192, larger(p.block, p.item_pixels));
-  p.block = divide_up(p.item_pixels, divide_up(p.item_pixels, p.block));
+  p.block = weight_floats > kLargeWeight ? smaller(192, p.item_pixels) : block_of(kGradFloats, pixel);
+  p.block = even(p.item_pixels, p.block);
+  p.part = even(p.block, p.part);
   *work = {p.items, room<float>(p.block * p.dy_stride + kPadding) + room<float>(p.block * p.x_stride + kPadding) +
-                        room<float>(writes_block(p) ? p.block * p.x_stride + kPadding : 0) + Sums::bytes(p.sums_stride)};
+                        room<float>(writes_block(p) ? p.part * p.x_stride + kPadding : 0) + Sums::bytes(p.sums_stride)};
 }
 
 }  // namespace FASTBLOCKS_LEVEL
