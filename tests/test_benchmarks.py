@@ -48,6 +48,9 @@ def run_pytest(*arguments: object) -> subprocess.CompletedProcess[str]:
     return run("-m", "pytest", "-p", "no:cacheprovider", "benchmarks", *arguments)
 
 
+one_session = pytest.mark.xdist_group("session")  # one process makes it for all of these
+
+
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
     """Three groups, saved, and the folder where."""
@@ -71,6 +74,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@one_session
 def test_each_group_has_its_rows(saved: list[dict[str, Any]]) -> None:
     found = {(row["group"], row["fullname"]) for row in saved}
     assert found == {(group, name.format(who)) for group, name in IDS.items() for who in (*PLAIN, "fastblocks")}
@@ -83,6 +87,7 @@ def test_each_group_has_its_rows(saved: list[dict[str, Any]]) -> None:
         assert row["stats"]["rounds"] >= 7 and row["stats"]["median"] > 0
 
 
+@one_session
 def test_inference_carries_its_share_of_peak(saved: list[dict[str, Any]]) -> None:
     count = by_kind(fastblocks.models.shufflenet_v2_x1_0(), 1, 3, 224, 224)[0].total()
     facts = {row["group"].split()[0]: row["extra_info"] | row["stats"] for row in saved}
@@ -94,6 +99,7 @@ def test_inference_carries_its_share_of_peak(saved: list[dict[str, Any]]) -> Non
     assert len(peaks) == 1  # measured once
 
 
+@one_session
 def test_the_summary_is_last_and_has_each_group(session: tuple[Any, Path], saved: list[dict[str, Any]]) -> None:
     tables, _, summary = session[0].stdout.partition(HEADING)
     assert all(f"benchmark '{group}'" in tables for group in IDS)
@@ -108,6 +114,7 @@ def test_the_summary_is_last_and_has_each_group(session: tuple[Any, Path], saved
     assert "Without a row of compile: 3 of 3." in summary
 
 
+@one_session
 def test_a_saved_run_can_be_compared_with(session: tuple[Any, Path]) -> None:
     where = f"--benchmark-storage={session[1]}"
     done = run_pytest("--benchmark-only", where, "--benchmark-compare=0001", "-k", "avg_pool2d_240 and not compile")
@@ -116,6 +123,7 @@ def test_a_saved_run_can_be_compared_with(session: tuple[Any, Path]) -> None:
         assert f"-1-thread-{who}] (NOW)" in done.stdout and f"-1-thread-{who}] (0001_first)" in done.stdout
 
 
+@one_session
 def test_other_groups_may_be_asked_for(session: tuple[Any, Path]) -> None:
     done = run_pytest("--benchmark-only", "--benchmark-group-by=param:threads", "-k", "pool2d and not compile")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr

@@ -235,6 +235,9 @@ def in_two_processes(data: Path, out: Path, *options: str) -> dict[str, Any]:
     return json.loads((out / "history.json").read_text())
 
 
+one_pair = pytest.mark.xdist_group("pair")  # one process makes it for both
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """The folder of a run in two processes, the pictures it learnt from, and its history."""
@@ -244,6 +247,7 @@ def pair(tmp_path_factory):
 
 
 @needs_gloo
+@one_pair
 def test_two_processes(capsys, pair):
     """One set of lines and files, a random state for each process, and no going on with another number of them."""
     out, data, history = pair
@@ -255,6 +259,7 @@ def test_two_processes(capsys, pair):
 
 
 @needs_gloo
+@one_pair
 def test_two_processes_have_the_losses_of_stock_torch_in_two(pair, tmp_path):
     _, data, history = pair
     stock = in_two_processes(data, tmp_path, "--stock")

@@ -291,7 +291,7 @@ def test_every_second_sum_is_made_by_its_readers() -> None:
 
 @pytest.mark.parametrize(("channels", "out_channels"), [(130, 515), (512, 520)])
 def test_many_pointwise_channels(tier: str, channels: int, out_channels: int) -> None:
-    """Gradients of weights that do not stay in a cache, of several blocks of pixels, whose own gradients come in parts."""
+    """Gradients of weights that do not stay in a cache, and blocks of pixels whose own gradients come in parts."""
     layer = lively(PointwiseConvBNAct(channels, out_channels))
     check_step(layer, torch.randn(5, channels, 16, 17).contiguous(memory_format=torch.channels_last))
 
