@@ -9,7 +9,7 @@ namespace FASTBLOCKS_LEVEL {
 
 constexpr int kOuterRows = kRegisters == 32 ? 12 : 6;
 constexpr int kOuterPixels = 4;  // a step of the loop over pixels
-constexpr int kOuterTiles = 16;  // of rows, whose part of dy is read again for each pair of columns
+constexpr int kOuterTiles = 16;  // of rows, whose part of dy stays in L1 while it is read for each pair of columns
 constexpr int64_t kLine = 16;    // floats of a cache line
 
 // A stream of memory that is needed soon: tiles fetch it line by line, so that reading it overlaps with computing all the time.
@@ -18,8 +18,8 @@ struct Stream {
   int64_t step;  // floats a fetch
 };
 
-// Fetches some of all streams before every `segment` pixels. With 16 registers a pixel is 12 multiply-adds and little more than
-// what loads their operands: a fetch for each pixel, or each second one, cost 4 to 8 % of them.
+// Fetches some of all streams before every `segment` pixels. With 16 registers a pixel is 12 multiply-adds and 8 loads: a fetch
+// for each pixel cost 4 to 8 % of them.
 template <int S, int R, int V>
 inline void outer_tile(const float* dy, int64_t dy_stride, const float* x, int64_t x_stride, int64_t pixels, float* out,
                        int64_t out_stride, bool add, Stream* soon, int64_t segment) {
@@ -116,16 +116,13 @@ inline void outer_with(const float* dy, int64_t dy_stride, int64_t rows, const f
   Stream streams[S];
   for (int i = 0; i < S; ++i)
     streams[i] = soon[i].data ? Stream{soon[i].data, divide_up(soon[i].floats, steps)} : Stream{dy, 0};
-  int64_t row = 0;
-  for (int64_t t = 0; t < tiles; t += kOuterTiles) {
-    const int64_t last = smaller(tiles, t + kOuterTiles);
-    int64_t r = row;
+  for (int64_t t = 0; t < tiles; t += kOuterTiles)
     for (int64_t c = 0; c < columns;) {
       const bool pair = c + kLanes < columns;
       const OuterTile large = pair ? outer_tile_of<S, 2>(base + 1) : outer_tile_of<S, 1>(base + 1);
       const OuterTile small = pair ? outer_tile_of<S, 2>(base) : outer_tile_of<S, 1>(base);
-      r = row;
-      for (int64_t i = t; i < last; ++i) {
+      int64_t r = t * base + smaller(t, extra);
+      for (int64_t i = t; i < smaller(tiles, t + kOuterTiles); ++i) {
         const bool more = i < extra;
         (more ? large : small)(dy + r, dy_stride, x + c, x_stride, pixels, out + r * out_stride + c, out_stride, add, streams,
                                segment);
@@ -133,8 +130,6 @@ inline void outer_with(const float* dy, int64_t dy_stride, int64_t rows, const f
       }
       c += pair ? 2 * kLanes : kLanes;
     }
-    row = r;
-  }
 }
 
 // Rows are split evenly over tiles; columns come in pairs of vectors. Writes whole vectors of columns. The two or four ranges
