@@ -110,8 +110,10 @@ inline void outer_with(const float* dy, int64_t dy_stride, int64_t rows, const f
   int64_t longest = 0;
   for (int i = 0; i < S; ++i)
     if (soon[i].data) longest = larger(longest, soon[i].floats);
-  const int64_t fetches = larger(1, smaller(divide_up(longest, kLine * all), divide_up(pixels, kOuterPixels)));
-  const int64_t segment = round_up(divide_up(pixels, fetches), kOuterPixels), steps = all * divide_up(pixels, segment);
+  // As many fetches as there are lines, or one a pixel; whole steps of the loop where that leaves several.
+  int64_t segment = larger(1, pixels / larger(1, divide_up(longest, kLine * all)));
+  if (segment > kOuterPixels) segment -= segment % kOuterPixels;
+  const int64_t steps = all * divide_up(pixels, segment);
   // Where there is nothing to fetch, the same line again and again costs nothing.
   Stream streams[S];
   for (int i = 0; i < S; ++i)
