@@ -56,6 +56,7 @@ void Backward::add(const Node& node, int64_t value) {
     case Kind::kPoolCat: return add_pool_cat(node, value);
     case Kind::kInterleave: return add_interleave(node, value);
     case Kind::kMaxPool: return add_pool(node, value, grads_[value].data, grads_[value].stride);
+    case Kind::kMean: return add_mean(node, value);
     default: return pass_on(node, value);
   }
 }
@@ -113,6 +114,19 @@ void Backward::add_interleave(const Node&, int64_t value) {
   plan_.stage();
   GatherGrad* job = plan_.add(kernels().train.gather_grad, p);
   job->sums = want_sums(route, pieces, job->items, job->sums_stride);
+  plan_.stage();
+}
+
+// It is the first to be visited: no other reader has given its share.
+void Backward::add_mean(const Node& node, int64_t value) {
+  TrainMean p = mean_of(b_, node);
+  p.y = grads_[value].data, p.y_stride = grads_[value].stride;
+  plan_.stage();
+  contribute(node, value - 1, [&](const Grad& to, const Grad&, const Finish& finish) {
+    p.dx = to.data, p.dx_stride = to.stride, p.finish = finish;
+    TrainMean* job = plan_.add(kernels().train.mean_grad, p);
+    return std::pair<int64_t, Finish*>(job->items, &job->finish);
+  });
   plan_.stage();
 }
 

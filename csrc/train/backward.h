@@ -78,6 +78,7 @@ class Backward {
   void add_pool(const Node& node, int64_t value, float* g, int64_t stride);
   void add_pool_cat(const Node& node, int64_t value);
   void add_interleave(const Node& node, int64_t value);
+  void add_mean(const Node& node, int64_t value);
 
   // backward_convs.cpp
   // An output with a vector's or a weight's shape, or null where it is not wanted.

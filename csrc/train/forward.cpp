@@ -97,6 +97,12 @@ class Forward {
         return;
       }
       case Kind::kMaxPool: plan_.add(t.pool, pool_of(b_, node, value)); return;
+      case Kind::kMean: {
+        TrainMean p = mean_of(b_, node);
+        p.y = b_.values[value], p.y_stride = out.c;
+        plan_.add(t.mean, p);
+        return;
+      }
     }
   }
 
@@ -150,6 +156,14 @@ TrainPool pool_of(const Bound& b, const Node& node, int64_t value) {
   }
   p.y = b.values[value], p.y_stride = out.c;
   p.places = b.places[value - 1];
+  return p;
+}
+
+TrainMean mean_of(const Bound& b, const Node& node) {
+  const Shape& in = b.shapes[node.input];
+  TrainMean p{};
+  p.images = in.n, p.pixels = in.h * in.w, p.channels = in.c;
+  p.x = b.source(node.input);
   return p;
 }
 

@@ -29,6 +29,8 @@ std::vector<int64_t> multiples(int64_t count, int64_t step);
 // Where among a route's pieces each channel is; `halves`: they are two, taken by turns.
 std::vector<int32_t> gather_order(const Route& route, bool* halves);
 TrainPool pool_of(const Bound& b, const Node& node, int64_t value);
+// What both directions of a mean are told.
+TrainMean mean_of(const Bound& b, const Node& node);
 // Whether a dense value of this size is written past the caches: where it is too large for them, and in whole cache lines.
 bool streams(const Shape& shape);
 int64_t zeros_needed(const Bound& b);

@@ -17,7 +17,7 @@ Node read_node(PyObject* tuple) {
   int64_t v[kFields - 1];
   for (Py_ssize_t i = 0; i + 1 < kFields; ++i) v[i] = integer(f[i]);
   Node n{};
-  require(v[0] >= 0 && v[0] <= (int64_t)Kind::kActivate, "fastblocks._C: no such node");
+  require(v[0] >= 0 && v[0] <= (int64_t)Kind::kMean, "fastblocks._C: no such node");
   n.kind = (Kind)v[0];
   n.input = v[1], n.first = v[2], n.channels = v[3], n.other = v[4], n.groups = v[5], n.shuffle = v[6];
   for (int i = 0; i < 2; ++i)
@@ -43,6 +43,7 @@ void check(const Program& program) {
     ++readers[n.input];
     if (n.other > 0) ++readers[n.other];
     if (n.kind == Kind::kDense) require(n.input == 0, "fastblocks._C: a dense convolution reads the input");
+    require(n.kind != Kind::kMean || i + 1 == count, "fastblocks._C: nothing reads a mean");
   }
   for (const Node& n : program.nodes)
     if (n.other > 0)
@@ -143,6 +144,7 @@ Bound::Bound(const Program& p, PyObject* input, PyObject* weights, PyObject* aff
       for (int i = 0; i < 2; ++i) require(2 * n.padding[i] <= n.kernel[i], "fastblocks._C: a pool's padding");
     } else {
       require(whole || n.kind == Kind::kInterleave, "fastblocks._C: a slice");
+      if (n.kind == Kind::kMean) out.h = out.w = 1;
     }
     if (n.other > 0) {
       const Shape& b = shapes[n.other];

@@ -13,7 +13,7 @@
 namespace fastblocks {
 namespace train {
 
-enum class Kind : int64_t { kPointwise, kDepthwise, kDense, kAdd, kPoolCat, kInterleave, kMaxPool, kActivate };
+enum class Kind : int64_t { kPointwise, kDepthwise, kDense, kAdd, kPoolCat, kInterleave, kMaxPool, kActivate, kMean };
 
 // Value 0 is the chain's input, value i + 1 the output of node i. A convolution's value is read through its BatchNorm and
 // activation; all others are stored as they are read.

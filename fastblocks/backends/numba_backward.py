@@ -56,6 +56,8 @@ class _Backward(Gradients):
             self._conv(node, value, g)
         elif node.kind == Kind.MAX_POOL:
             self._max_pool(node, value, g)
+        elif node.kind == Kind.MEAN:
+            self._mean(node, g)
         elif node.kind == Kind.POOL_CAT:
             self._pool_cat(node, g)
         elif node.kind == Kind.INTERLEAVE:
@@ -75,6 +77,13 @@ class _Backward(Gradients):
             g.tensor(), like, node.kernel, node.stride, node.padding, [1, 1], False, places
         )
         self._deliver(node.input, read_even(dx))
+
+    def _mean(self, node: Node, g: Map) -> None:
+        if self.needs[node.input]:
+            x = self.chain.value(node.input)
+            dx = empty_map(x.n, x.h, x.w, x.c)
+            dx.tensor().copy_(g.tensor() / (x.h * x.w))
+            self._deliver(node.input, dx)
 
     def _deliver(self, value: int, g: Map) -> None:
         """A gradient in memory that nobody else reads."""

@@ -60,6 +60,9 @@ class _Forward:
             y, places = torch.ops.aten.max_pool2d_with_indices(image, node.kernel, node.stride, node.padding)
             self.places.append(places)
             chain.values.append(read_even(y))
+        elif node.kind == Kind.MEAN:
+            image = chain.activated(node.input).shaped(x.n, x.h, x.w).tensor()
+            chain.values.append(read_even(F.adaptive_avg_pool2d(image, (1, 1))))
         elif node.kind == Kind.POOL_CAT:
             chain.values.append(self._pool_cat(node, x))
         elif node.kind == Kind.INTERLEAVE:

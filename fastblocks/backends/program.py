@@ -26,6 +26,7 @@ class Kind(enum.IntEnum):
     INTERLEAVE = 5
     MAX_POOL = 6
     ACTIVATE = 7
+    MEAN = 8
 
 
 ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "relu6": 2}

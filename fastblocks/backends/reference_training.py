@@ -51,6 +51,8 @@ def chain(program: Program, x: Tensor, tensors: Tensors, update: bool = True) ->
             values.append(channel_shuffle(torch.cat((left, values[node.other]), 1), 2))
         elif node.kind == Kind.MAX_POOL:
             values.append(F.max_pool2d(x, node.kernel, node.stride, node.padding))
+        elif node.kind == Kind.MEAN:
+            values.append(F.adaptive_avg_pool2d(x, (1, 1)))
         else:
             values.append(x)
     return values[-1]

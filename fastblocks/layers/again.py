@@ -139,7 +139,7 @@ def remember(owner: nn.Module, containers: Sequence[nn.Module], made: Sequence[M
     # a cumulative mean's momentum is another one each time
     if len({id(t) for t in every}) < len(every) or any(bn.momentum is None for bn in norms):
         return None
-    layers = [layer.__dict__ for chain in made for layer, _ in chain.parts]
+    layers = [layer.__dict__ for chain in made for layer, _ in chain.parts if layer._settings]
     for layer in layers:
         layer[MARK] = None  # that it is there belongs to what is compared
     modules = _modules(owner, containers, made)

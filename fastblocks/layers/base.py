@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class Fused(HasSites, nn.Module):
     """
 
     _site: site.Site | None = None
+    _settings: ClassVar[bool] = True
+    """Whether there is anything about an instance that could be set."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # What remembers calls does not watch the layer's attributes: holding them would keep the layer alive for ever.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from fastblocks.functional import site
 from fastblocks.layers import again, train
 from fastblocks.layers.base import Fused
 from fastblocks.layers.fuse import HasSites, Unit, hooks_of, watched
-from fastblocks.layers.head import POOL, Classifier, Linear, global_avg_pool
+from fastblocks.layers.head import GLOBAL_AVG_POOL, POOL, Classifier, Linear, global_avg_pool
 from fastblocks.layers.train import layer_reason
 
 
@@ -70,8 +70,8 @@ def _weights(units: tuple[Unit, ...]) -> int:
     return sum(conv.weight.numel() for conv in convs)
 
 
-def _trained(owner: nn.Module, children: Iterable[Any], x: Any) -> Any:
-    """The layers in training, or with gradients: chains where they may be, a layer by itself where not.
+def _trained(owner: nn.Module, children: Iterable[Any], pool: Sequence[Fused], x: Any) -> Any:
+    """The layers and `pool` in training, or with gradients: chains where they may be, a layer by itself where not.
 
     None where nothing trains. A chain ends behind a layer with a stride, where tensors are smallest, once it is full.
     Where all are chains, and the input is like the one before, they are remembered.
@@ -79,6 +79,7 @@ def _trained(owner: nn.Module, children: Iterable[Any], x: Any) -> Any:
     layers, containers = _flat(children)
     if not isinstance(x, Tensor) or not any(isinstance(layer, Fused) and layer._wants_chain(x) for layer in layers):
         return None
+    layers += pool
     parts: list[train.Part] = []
     made: list[train.Made] = []
     weights = 0
@@ -96,9 +97,14 @@ def _trained(owner: nn.Module, children: Iterable[Any], x: Any) -> Any:
             parts, weights = [], 0
     x = _run(parts, x, made)
     seen = (first.shape, first.stride()) if sum(len(chain.parts) for chain in made) == len(layers) else None
-    repeats = seen is not None and owner.__dict__.get("_training") == seen
-    owner.__dict__["_training"] = again.remember(owner, containers, made, first) if repeats else seen
+    repeats = seen is not None and owner.__dict__.get(_memory(pool)) == seen
+    owner.__dict__[_memory(pool)] = again.remember(owner, containers, made, first) if repeats else seen
     return x
+
+
+def _memory(pool: Sequence[Fused]) -> str:
+    """Where a module remembers its training."""
+    return "_pooled_training" if pool else "_training"
 
 
 def _run(parts: list[train.Part], x: Any, made: list[train.Made]) -> Any:
@@ -119,27 +125,32 @@ def run_in_a_row(owner: nn.Module, names: Iterable[str], x: Any) -> Any:
     The layers are checked as they are alone; then all of them run in one entry of the thread pool, and no tensor is
     made for what passes between them.
     """
+    return _in_a_row(owner, names, (), x)[0]
+
+
+def _in_a_row(owner: nn.Module, names: Iterable[str], pool: Sequence[Fused], x: Any) -> tuple[Any, bool]:
+    """Children of `owner` in a row; in training with `pool` behind them, and whether that was so."""
     chain = None if is_compiling() else owner.__dict__.get("_chain")
     if chain is not None:
         result = chain(x)
         if result is not None:
-            return result
-    known = None if is_compiling() else owner.__dict__.get("_training")
+            return result, False
+    known = None if is_compiling() else owner.__dict__.get(_memory(pool))
     if isinstance(known, again.Again):
         result = known(x)
         if result is not None:
-            return result
+            return result, True
     children = [owner._modules[name] for name in names]
     if not is_compiling():
-        result = _trained(owner, children, x)
+        result = _trained(owner, children, pool, x)
         if result is not None:
-            return result
+            return result, True
     for child in children:
         x = child(x)  # type: ignore[misc]
     # where gradients are recorded the layers run one by one, and a chain from before stays good
     if not is_compiling() and not (isinstance(x, Tensor) and x.requires_grad):
         owner.__dict__["_chain"] = _joined(owner, children)
-    return x
+    return x, False
 
 
 def _heads(classifier: nn.Module) -> bool:
@@ -150,7 +161,7 @@ def _heads(classifier: nn.Module) -> bool:
 def classify(owner: nn.Module, names: Iterable[str], classifier: nn.Module, x: Any) -> Any:
     """Children of `owner` in a row, global average pooling and its classifier, in one go where that may be.
 
-    Where gradients could be recorded, the three run one after the other.
+    Where gradients are recorded the pooling ends the last chain, and the classifier runs behind it.
     """
     alone = is_compiling() or torch.is_grad_enabled()
     network = None if alone else owner.__dict__.get("_network")
@@ -158,7 +169,8 @@ def classify(owner: nn.Module, names: Iterable[str], classifier: nn.Module, x: A
         result = network(x)
         if result is not None:
             return result
-    result = classifier(global_avg_pool(run_in_a_row(owner, names, x)))
+    result, pooled = _in_a_row(owner, names, (GLOBAL_AVG_POOL,), x)
+    result = classifier(result.flatten(1) if pooled else global_avg_pool(result))
     # where the children make no chain, the network makes none either: do not look again at each call
     if not alone and owner.__dict__.get("_chain") is not None and _heads(classifier):
         owner.__dict__["_network"] = _joined(owner, [owner._modules[name] for name in names], classifier)

@@ -42,7 +42,7 @@ _SIX = (0.0, 6.0)
 _NONE: Place = ({"": None}, "")
 
 
-SITES = ("_site", "_chain", "_network", "_training", "_again")
+SITES = ("_site", "_chain", "_network", "_training", "_pooled_training", "_again")
 """Entries of a module's ``__dict__`` that remember calls."""
 
 

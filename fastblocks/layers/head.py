@@ -10,8 +10,10 @@ from torch.compiler import is_compiling
 
 from fastblocks import functional
 from fastblocks.functional import site
+from fastblocks.layers.base import Fused, Op
 from fastblocks.layers.conv import sliced
-from fastblocks.layers.fuse import HasSites, global_hooks, hooks_of, input_reason, tensors_reason, watched
+from fastblocks.layers.fuse import HasSites, Unit, global_hooks, hooks_of, input_reason, tensors_reason, watched
+from fastblocks.layers.train import Builder
 
 _TYPES = [nn.Dropout, nn.Linear]
 POOL: dict[str, Any] = {"_site": None}
@@ -37,6 +39,32 @@ def global_avg_pool(x: Any) -> Any:
             y = site.check_and_call("global_avg_pool", (x,), (x,))
             POOL["_site"] = site.make("global_avg_pool", x, (), site.Modules(), any_channels=True)
     return y.flatten(1)
+
+
+class GlobalAvgPool(Fused):
+    """Mean over height and width, as a layer that a chain may end with; only networks have it.
+
+    Shape:
+        ``(N, C, H, W)`` to ``(N, C, 1, 1)``.
+    """
+
+    _settings = False
+
+    def _units(self) -> tuple[Unit, ...]:
+        return ()
+
+    def _op(self, units: tuple[Unit, ...]) -> Op | str:
+        return Op("global_avg_pool", ())
+
+    def _describe(self, builder: Builder, value: int, units: tuple[Unit, ...]) -> int:
+        return builder.mean(value)
+
+    def _run_children(self, x: Any) -> Any:
+        return F.adaptive_avg_pool2d(x, (1, 1))
+
+
+GLOBAL_AVG_POOL = GlobalAvgPool()
+"""The one that all networks share."""
 
 
 def _run_linear(x: Tensor, linear: nn.Module, modules: site.Modules) -> tuple[Tensor, site.Site | None]:

@@ -144,6 +144,10 @@ class Builder:
             raise UnfitError("the pooling window is larger than a chain knows")
         return self._add(Node(Kind.MAX_POOL, value, kernel=kernel, stride=stride, padding=padding), (c, h, w))
 
+    def mean(self, value: int) -> int:
+        """The mean over height and width, behind which nothing comes."""
+        return self._add(Node(Kind.MEAN, value), (self.shapes[value][0], 1, 1))
+
     def finish(self, value: int) -> tuple[Program, Tensors]:
         """The program that ends with a value, and its tensors."""
         program = tuple(self.nodes)

@@ -258,6 +258,18 @@ struct TrainPool {
   int64_t items, bands;
 };
 
+// The mean over all pixels of an image, forward and backward. y: [image][y_stride], or its gradient.
+struct TrainMean {
+  int64_t images, pixels, channels;
+  Source x;
+  float* y;
+  int64_t y_stride;
+  float* dx;  // backward
+  int64_t dx_stride;
+  Finish finish;
+  int64_t items, parts, width;  // set by prepare: parts of an image, and their channels or pixels
+};
+
 // Dense k x k convolutions.
 struct DenseGrad {
   ConvParams conv;  // sizes and input, which is no convolution's output
@@ -286,7 +298,7 @@ struct TrainOp {
 
 struct TrainTable {
   TrainOp norm_forward, norm_backward, merge_weights, pack_matrix, pack_taps, pointwise, pointwise_grad, depthwise,
-      depthwise_grad, dense_grad, moments, join, finish, gather, gather_grad, pool, pool_grad;
+      depthwise_grad, dense_grad, moments, join, finish, gather, gather_grad, pool, pool_grad, mean, mean_grad;
 };
 
 }  // namespace fastblocks
