@@ -66,6 +66,11 @@ GradPiece* Backward::targets(const Route& route) {
       p.finish.stream = whole && route.pieces.size() == 1 && p.stride == piece.channels && streams(b_.shapes[value]);
       if (p.finish.z) p.finish.z += first, p.finish.norm = moved(p.finish.norm, first);
       if (p.finish.y) p.finish.y += first;
+      if (!b_.planes[value].empty()) {
+        const Bound::Place at = b_.place(value, first);
+        p.dx = grads_[value].data + at.offset, p.stride = at.stride;
+        p.finish.z = b_.values[value] + at.offset, p.finish.z_stride = at.stride;
+      }
     }
     pieces.push_back(p);
   }

@@ -49,7 +49,8 @@ class Forward {
         p.in_channels = node.channels < 0 ? in.c : node.channels;
         p.x = plan_.keep(b_.sources(b_.routes[value - 1])), p.pieces = (int64_t)b_.routes[value - 1].pieces.size();
         p.weight = weights_[value - 1], p.zeros = zeros_, p.z = b_.values[value];
-        p.stream = !node.frozen && streams(out);
+        p.planes = b_.planes_of(value);
+        p.stream = !node.frozen && p.planes.count == 0 && streams(out);
         TrainPointwise* job = plan_.add(t.pointwise, p);
         return normalise(node, value, job->items, &job->partials);
       }

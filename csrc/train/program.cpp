@@ -157,6 +157,7 @@ Bound::Bound(const Program& p, PyObject* input, PyObject* weights, PyObject* aff
     shapes.push_back(out);
   }
   find_routes();
+  find_planes();
   find_pools();
   find_sums();
   values.assign(shapes.size(), nullptr);
@@ -202,6 +203,17 @@ const Node* Bound::normalised_by(int64_t value) const {
   return node && node->is_conv() ? node : nullptr;
 }
 
+Bound::Place Bound::place(int64_t value, int64_t channel) const {
+  for (const Plane& plane : planes[value])
+    if (channel < plane.first + plane.channels)
+      return {plane.first * shapes[value].pixels() + channel - plane.first, plane.channels};
+  return {channel, shapes[value].c};
+}
+
+Planes Bound::planes_of(int64_t value) const {
+  return {planes[value].data(), (int64_t)planes[value].size(), shapes[value].pixels()};
+}
+
 Source Bound::source(int64_t value, int64_t first) const {
   const Node* node = maker(value);
   if (made_by_readers[value]) {
@@ -211,7 +223,8 @@ Source Bound::source(int64_t value, int64_t first) const {
     s.clamp = node->clamp();
     return s;
   }
-  Source s{values[value] + first, value ? shapes[value].c : x.image.pixel_stride, {}, {-INFINITY, INFINITY}, nullptr, 0};
+  const Place at = place(value, first);
+  Source s{values[value] + at.offset, value ? at.stride : x.image.pixel_stride, {}, {-INFINITY, INFINITY}, nullptr, 0};
   if (const Node* conv = normalised_by(value)) {
     s.norm = moved(norm(*conv), first);
     s.clamp = conv->clamp();

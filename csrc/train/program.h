@@ -77,6 +77,7 @@ struct Bound {
   // BatchNorm and activation, on a quarter of the pixels, as it would for the convolution's own output.
   std::vector<bool> pools_z;
   std::vector<bool> read_once;  // a value: each channel has one reader, and that can gather
+  std::vector<std::vector<Plane>> planes;  // a value, and its gradient
   ImageInput x;
   bool planar;                        // x is NCHW, for a dense convolution
   std::vector<int64_t> norm_offsets;  // of each convolution's constants
@@ -90,6 +91,12 @@ struct Bound {
   const Node* maker(int64_t value) const { return value ? &program->nodes[value - 1] : nullptr; }
   // The convolution whose BatchNorm and activation a value is read through, or null.
   const Node* normalised_by(int64_t value) const;
+  // Where a channel of a value lies: floats from its beginning, and between pixels.
+  struct Place {
+    int64_t offset, stride;
+  };
+  Place place(int64_t value, int64_t channel) const;
+  Planes planes_of(int64_t value) const;
   // What a reader of a slice of a value reads.
   Source source(int64_t value, int64_t first = 0) const;
   TrainDepthwise depthwise(const Node& node, int64_t value) const;
@@ -100,6 +107,7 @@ struct Bound {
 
  private:
   void find_routes();
+  void find_planes();
   void find_sums();
   void find_pools();
 };

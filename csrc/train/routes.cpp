@@ -83,5 +83,26 @@ void Bound::find_routes() {
   }
 }
 
+// Of a 1x1 convolution's output that more than one node reads. A plane of less than a cache line takes its neighbour along.
+void Bound::find_planes() {
+  planes.resize(shapes.size());
+  for (const Route& route : routes)
+    for (const Piece& piece : route.pieces) {
+      const Node* node = maker(piece.value);
+      if (node && node->kind == Kind::kPointwise && read_once[piece.value] && piece.channels < shapes[piece.value].c)
+        planes[piece.value].push_back({piece.first, piece.channels});
+    }
+  for (std::vector<Plane>& of : planes) {
+    std::sort(of.begin(), of.end(), [](const Plane& a, const Plane& b) { return a.first < b.first; });
+    size_t count = 0;
+    for (const Plane& plane : of)
+      if (count && (of[count - 1].channels < kPadding || plane.channels < kPadding))
+        of[count - 1].channels += plane.channels;
+      else
+        of[count++] = plane;
+    of.resize(count);
+  }
+}
+
 }  // namespace train
 }  // namespace fastblocks

@@ -30,6 +30,16 @@ FASTBLOCKS_INLINE void for_channels(int64_t channels, F f) {
   if (c < channels) f(c, (int)(channels - c));
 }
 
+// Calls f(channel, vectors, lanes) with four vectors at a time, then two, one and a part of one.
+template <class F>
+FASTBLOCKS_INLINE void for_vectors(int64_t channels, F f) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= channels; c += 4 * kLanes) f(c, Number<4>(), Number<kLanes>());
+  if (c + 2 * kLanes <= channels) f(c, Number<2>(), Number<kLanes>()), c += 2 * kLanes;
+  for (; c + kLanes <= channels; c += kLanes) f(c, Number<1>(), Number<kLanes>());
+  if (c < channels) f(c, Number<1>(), (int)(channels - c));
+}
+
 // Rows of panels are an odd number of cache lines apart: a power of two would put a column of them into a few cache sets. There
 // is room for whole vectors behind each row.
 FASTBLOCKS_INLINE int64_t panel_row(int64_t channels) {
@@ -61,14 +71,51 @@ FASTBLOCKS_INLINE Vec normalised(Vec z, const Norm& n, int64_t c) {
 
 FASTBLOCKS_INLINE Vec clamped(Vec v, Vec low, Vec high) { return at_most(high, at_least(low, v)); }
 
+// Channels of a few vectors are read some vectors at a time, whose constants stay in registers.
+FASTBLOCKS_INLINE bool is_narrow(int64_t channels) { return channels <= 4 * kLanes; }
+
+// Of rows of which much is left out the hardware fetches none ahead.
+FASTBLOCKS_INLINE int64_t floats_ahead(int64_t channels, int64_t stride) { return 2 * channels <= stride ? 24 * stride : 0; }
+
+FASTBLOCKS_INLINE void fetch_row(const float* row, int64_t channels, int64_t ahead) {
+  if (!ahead) return;
+  for (int64_t c = 0; c < channels; c += 16) __builtin_prefetch(row + ahead + c);
+}
+
+inline void read_narrow(const Source& s, const Norm& n, const float* from, int64_t pixels, int64_t channels, float* to,
+                        int64_t stride) {
+  const Vec low = broadcast(s.clamp.low), high = broadcast(s.clamp.high);
+  const int64_t ahead = floats_ahead(channels, s.stride);
+  for_vectors(channels, [&](int64_t c, auto vectors, auto lanes) __attribute__((always_inline)) {
+    constexpr int V = decltype(vectors)::value;
+    Vec mean[V], scale[V], shift[V];
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+      const int64_t at = c + i * kLanes;
+      mean[i] = load(n.mean + at), scale[i] = load(n.scale + at), shift[i] = load(n.shift + at);
+    }
+    const float* z = from + c;
+    float* out = to + c;
+    for (int64_t m = 0; m < pixels; ++m, z += s.stride, out += stride) {
+      fetch_row(z, V * kLanes, ahead);
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i)
+        store(out + i * kLanes, clamped((load_some(z + i * kLanes, lanes) - mean[i]) * scale[i] + shift[i], low, high));
+    }
+  });
+}
+
 // Channels [first, first + channels) of `pixels` pixels from `pixel` on, to rows of `stride` floats. Stores whole vectors.
 inline void read_source(const Source& s, int64_t pixel, int64_t pixels, int64_t first, int64_t channels, float* out,
                         int64_t stride) {
   const Vec low = broadcast(s.clamp.low), high = broadcast(s.clamp.high);
   const float* z = s.data + pixel * s.stride + first;
+  const int64_t ahead = floats_ahead(channels, s.stride);
   if (!s.norm.mean) {
-    for (int64_t m = 0; m < pixels; ++m, z += s.stride, out += stride)
+    for (int64_t m = 0; m < pixels; ++m, z += s.stride, out += stride) {
+      fetch_row(z, channels, ahead);
       for_channels(channels, [&](int64_t c, auto lanes) { store(out + c, clamped(load_some(z + c, lanes), low, high)); });
+    }
     return;
   }
   const Norm n = {s.norm.mean + first, s.norm.scale + first, s.norm.shift + first, nullptr};
@@ -80,9 +127,12 @@ inline void read_source(const Source& s, int64_t pixel, int64_t pixels, int64_t 
       });
     return;
   }
-  for (int64_t m = 0; m < pixels; ++m, z += s.stride, out += stride)
+  if (is_narrow(channels)) return read_narrow(s, n, z, pixels, channels, out, stride);
+  for (int64_t m = 0; m < pixels; ++m, z += s.stride, out += stride) {
+    fetch_row(z, channels, ahead);
     for_channels(channels,
                  [&](int64_t c, auto lanes) { store(out + c, clamped(normalised(load_some(z + c, lanes), n, c), low, high)); });
+  }
 }
 
 // All channels of some pixels of several values, side by side.
@@ -94,26 +144,69 @@ inline void read_pieces(const SourcePiece* pieces, int64_t count, int64_t pixel,
   }
 }
 
-// The gradient of z, the same way, from `g`, which is that of the first pixel and channel; `pixel` counts from the beginning.
-inline void read_gradient_from(const float* g, int64_t g_stride, const Gradient& d, int64_t pixel, int64_t pixels,
-                               int64_t all_channels, int64_t first, int64_t channels, float* out, int64_t stride) {
+// The gradient of z, the same way, from channel `first` of g and z on; `g` and `z` are those of its first pixel.
+inline void read_gradient_from(const float* g, int64_t g_stride, const float* z, int64_t z_stride, const Gradient& d,
+                               int64_t pixels, int64_t first, int64_t channels, float* out, int64_t stride) {
   if (!d.scale) {
     for (int64_t m = 0; m < pixels; ++m, g += g_stride, out += stride)
       for_channels(channels, [&](int64_t c, auto lanes) { store(out + c, load_some(g + c, lanes)); });
     return;
   }
-  const float* z = d.z + pixel * all_channels + first;
   const float *mean = d.mean + first, *scale = d.scale + first, *slope = d.slope + first, *offset = d.offset + first;
-  for (int64_t m = 0; m < pixels; ++m, g += g_stride, z += all_channels, out += stride)
-    for_channels(channels, [&](int64_t c, auto lanes) {
-      const Vec centred = load_some(z + c, lanes) - load(mean + c);
-      store(out + c, load_some(g + c, lanes) * load(scale + c) + (centred * load(slope + c) + load(offset + c)));
+  if (is_narrow(channels)) {
+    for_vectors(channels, [&](int64_t c, auto vectors, auto lanes) __attribute__((always_inline)) {
+      constexpr int V = decltype(vectors)::value;
+      Vec centre[V], factor[V], slopes[V], offsets[V];
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) {
+        const int64_t at = c + i * kLanes;
+        centre[i] = load(mean + at), factor[i] = load(scale + at), slopes[i] = load(slope + at), offsets[i] = load(offset + at);
+      }
+      const float *gradient = g + c, *value = z + c;
+      float* to = out + c;
+      for (int64_t m = 0; m < pixels; ++m, gradient += g_stride, value += z_stride, to += stride)
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
+          const Vec centred = load_some(value + i * kLanes, lanes) - centre[i];
+          store(to + i * kLanes, load_some(gradient + i * kLanes, lanes) * factor[i] + (centred * slopes[i] + offsets[i]));
+        }
     });
+    return;
+  }
+  const auto add = [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+    const Vec centred = load_some(z + c, lanes) - load(mean + c);
+    store(out + c, load_some(g + c, lanes) * load(scale + c) + (centred * load(slope + c) + load(offset + c)));
+  };
+  for (int64_t m = 0; m < pixels; ++m, g += g_stride, z += z_stride, out += stride) for_channels(channels, add);
 }
 
 inline void read_gradient(const Gradient& d, int64_t pixel, int64_t pixels, int64_t all_channels, int64_t first,
                           int64_t channels, float* out, int64_t stride) {
-  read_gradient_from(d.g + pixel * d.stride + first, d.stride, d, pixel, pixels, all_channels, first, channels, out, stride);
+  read_gradient_from(d.g + pixel * d.stride + first, d.stride, d.z + pixel * all_channels + first, all_channels, d, pixels, first,
+                     channels, out, stride);
+}
+
+// All channels, which may lie in planes.
+inline void read_whole_gradient(const Gradient& d, int64_t pixel, int64_t pixels, int64_t channels, float* out,
+                                int64_t stride) {
+  if (d.planes.count == 0) return read_gradient(d, pixel, pixels, channels, 0, channels, out, stride);
+  for (int64_t i = 0; i < d.planes.count; ++i) {
+    const Plane& plane = d.planes.data[i];
+    const int64_t at = plane.first * d.planes.pixels + pixel * plane.channels;
+    read_gradient_from(d.g + at, plane.channels, d.z + at, plane.channels, d, pixels, plane.first, plane.channels,
+                       out + plane.first, stride);
+  }
+}
+
+// Whole rows of `stride` floats, to planes.
+inline void write_planes(const Planes& planes, const float* rows, int64_t stride, int64_t pixel, int64_t pixels, float* out) {
+  for (int64_t i = 0; i < planes.count; ++i) {
+    const Plane& plane = planes.data[i];
+    float* to = out + plane.first * planes.pixels + pixel * plane.channels;
+    const float* row = rows + plane.first;
+    for (int64_t m = 0; m < pixels; ++m, row += stride, to += plane.channels)
+      for_channels(plane.channels, [&](int64_t c, auto lanes) { store_some(to + c, lanes, load_some(row + c, lanes)); });
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------- statistics
@@ -173,16 +266,6 @@ FASTBLOCKS_INLINE void add_moments_of(Moments& m, const float* z, int64_t pixels
     add_lanes(m.sum + c + v * kLanes, sum[v]);
     add_lanes(m.squares + c + v * kLanes, squares[v]);
   }
-}
-
-// Calls f(channel, vectors, lanes) with four vectors at a time, then two, one and a part of one.
-template <class F>
-FASTBLOCKS_INLINE void for_vectors(int64_t channels, F f) {
-  int64_t c = 0;
-  for (; c + 4 * kLanes <= channels; c += 4 * kLanes) f(c, Number<4>(), Number<kLanes>());
-  if (c + 2 * kLanes <= channels) f(c, Number<2>(), Number<kLanes>()), c += 2 * kLanes;
-  for (; c + kLanes <= channels; c += kLanes) f(c, Number<1>(), Number<kLanes>());
-  if (c < channels) f(c, Number<1>(), (int)(channels - c));
 }
 
 // Channels [first, first + channels) of some pixels, whose first is `z`; `begins`: they are the first of the item.

@@ -38,12 +38,25 @@ struct SourcePiece {
   int64_t channels;
 };
 
+// A value whose channels are read some here, some there lies in planes, one behind the other: [pixel][channel] for each range of
+// channels that is read together. So each is read in one piece, and whole cache lines are used.
+struct Plane {
+  int64_t first, channels;
+};
+
+struct Planes {
+  const Plane* data;
+  int64_t count;   // 0: all channels in one
+  int64_t pixels;  // of the value
+};
+
 // The gradient of a convolution's output z: scale * g + slope * (z - mean) + offset, or g itself where there is no scale.
 struct Gradient {
   const float* g;
   int64_t stride;
   const float* z;  // dense
   const float *mean, *scale, *slope, *offset;
+  Planes planes;  // of g and z
 };
 
 enum class Mask { kNone, kNorm, kOutput, kSum };
@@ -130,6 +143,7 @@ struct TrainPointwise {
   const float* weight;
   const float* zeros;
   float* z;
+  Planes planes;
   double* partials;  // null: no statistics
   bool stream;       // z is too large for the caches
   // set by prepare

@@ -19,9 +19,17 @@ FASTBLOCKS_INLINE int64_t even(int64_t pixels, int64_t block) { return divide_up
 
 FASTBLOCKS_INLINE bool is_plain(const SourcePiece* pieces, int64_t count) { return count == 1 && !pieces->source.norm.mean; }
 
-// What of the first piece is read next.
-FASTBLOCKS_INLINE Range range_of(const SourcePiece* pieces, int64_t pixel, int64_t pixels, int64_t all) {
-  const Source& s = pieces->source;
+template <class T>
+FASTBLOCKS_INLINE const T& widest(const T* parts, int64_t count) {
+  const T* most = parts;
+  for (int64_t i = 1; i < count; ++i)
+    if (parts[i].channels > most->channels) most = parts + i;
+  return *most;
+}
+
+// What of the widest piece is read next.
+FASTBLOCKS_INLINE Range range_of(const SourcePiece* pieces, int64_t count, int64_t pixel, int64_t pixels, int64_t all) {
+  const Source& s = widest(pieces, count).source;
   return {pixel < all ? s.data + pixel * s.stride : nullptr, pixels * s.stride};
 }
 
@@ -29,7 +37,8 @@ inline void train_pointwise_run(const void* params, int64_t begin, int64_t end, 
   const TrainPointwise& p = *static_cast<const TrainPointwise*>(params);
   Scratch scratch(memory);
   float* panel = scratch.take<float>(p.block * p.panel_stride + kPadding);
-  float* block = scratch.take<float>(p.stream ? p.block * p.out_channels + kPadding : 0);
+  const bool writes_block = p.stream || p.planes.count;
+  float* block = scratch.take<float>(writes_block ? p.block * p.out_channels + kPadding : 0);
   Moments moments(p.out_channels, scratch);
   const int64_t k = p.in_channels / p.groups, n = p.out_channels / p.groups;
   const int64_t packed = Panels(n).padded() * k;
@@ -44,8 +53,8 @@ inline void train_pointwise_run(const void* params, int64_t begin, int64_t end, 
         left = p.x->source.data + m * p.x->source.stride, stride = p.x->source.stride;
       else
         read_pieces(p.x, p.pieces, m, pixels, panel, p.panel_stride);
-      float* z = p.stream ? block : p.z + m * p.out_channels;
-      const Range next = range_of(p.x, m + p.block, pixels, p.pixels);
+      float* z = writes_block ? block : p.z + m * p.out_channels;
+      const Range next = range_of(p.x, p.pieces, m + p.block, pixels, p.pixels);
       for (int64_t g = 0; g < p.groups; ++g)
         product({left + g * k, k, stride, 1, nullptr}, pixels, n, p.weight + g * packed, p.zeros, nullptr, 0, z + g * n,
                 p.out_channels, next.part(g, p.groups));
@@ -54,6 +63,7 @@ inline void train_pointwise_run(const void* params, int64_t begin, int64_t end, 
                        p.out_channels);
       else if (p.partials)
         add_moments(moments, z, pixels, p.out_channels, 0, p.out_channels, m == from);
+      if (p.planes.count) write_planes(p.planes, z, p.out_channels, m, pixels, p.z);
     }
     if (p.stream) fence();
     if (p.partials) store_moments(moments, to - from, p.partials + item * (1 + 2 * padded(p.out_channels)));
@@ -67,7 +77,7 @@ inline void train_pointwise_prepare(void* params, TrainWork* work) {
   cut_pixels(p.pixels, p.block, 128, &p.items, &p.item_pixels);
   p.block = even(p.item_pixels, p.block);
   *work = {p.items, room<float>(p.block * p.panel_stride + kPadding) +
-                        room<float>(p.stream ? p.block * p.out_channels + kPadding : 0) + Moments::bytes(p.out_channels)};
+                        room<float>(p.stream || p.planes.count ? p.block * p.out_channels + kPadding : 0) + Moments::bytes(p.out_channels)};
 }
 
 // Whether the gradient of the input is made in scratch, and goes from there to where it belongs.
@@ -81,6 +91,30 @@ FASTBLOCKS_INLINE Range finish_range(const PointwiseGrad& p, int64_t pixel, int6
   if (p.x->source.addend) return {p.x->source.addend + pixel * p.x->source.addend_stride, pixels * p.x->source.addend_stride};
   if (!f.z || f.z == p.x->source.data) return {nullptr, 0};
   return {f.z + pixel * f.z_stride, pixels * f.z_stride};
+}
+
+// What of g or z is read next, of the widest plane.
+FASTBLOCKS_INLINE Range next_rows(const PointwiseGrad& p, const float* data, int64_t stride, int64_t pixel, int64_t pixels) {
+  if (pixel >= p.pixels) return {nullptr, 0};
+  const Planes& planes = p.dy.planes;
+  if (planes.count == 0) return {data + pixel * stride, pixels * stride};
+  const Plane& plane = widest(planes.data, planes.count);
+  return {data + plane.first * planes.pixels + pixel * plane.channels, pixels * plane.channels};
+}
+
+// Where the gradients of the two widest of several pieces go.
+FASTBLOCKS_INLINE void targets_ahead(const PointwiseGrad& p, int64_t pixel, int64_t pixels, Range to[2]) {
+  const GradPiece* most[2] = {nullptr, nullptr};
+  for (int64_t i = 0; i < p.pieces && p.weight; ++i) {
+    const GradPiece* piece = p.dx + i;
+    if (!piece->dx || piece->stride > piece->channels) continue;
+    if (!most[0] || piece->channels > most[0]->channels)
+      most[1] = most[0], most[0] = piece;
+    else if (!most[1] || piece->channels > most[1]->channels)
+      most[1] = piece;
+  }
+  for (int i = 0; i < 2; ++i)
+    if (most[i]) to[i] = {most[i]->dx + pixel * most[i]->stride, pixels * most[i]->stride};
 }
 
 inline void pointwise_grad_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
@@ -98,23 +132,24 @@ inline void pointwise_grad_run(const void* params, int64_t begin, int64_t end, c
     if (p.sums) sums.clear(p.sums_stride);
     for (int64_t m = from; m < to; m += p.block) {
       const int64_t pixels = smaller(p.block, to - m), next = m + p.block;
-      const Range next_g = {next < p.pixels ? p.dy.g + next * p.dy.stride : nullptr, pixels * p.dy.stride};
-      const Range next_z = {next < p.pixels ? p.dy.z + next * p.out_channels : nullptr, pixels * p.out_channels};
-      const Range next_x = range_of(p.x, next, pixels, p.pixels);
+      const Range next_g = next_rows(p, p.dy.g, p.dy.stride, next, pixels);
+      const Range next_z = next_rows(p, p.dy.z, p.out_channels, next, pixels);
+      const Range next_x = range_of(p.x, p.pieces, next, pixels, p.pixels);
       // Of two products of equal length neither should wait for memory: the longer of z and x is the second's.
       const bool z_later = p.weight && p.weight_partials && n > k;
       const Range &sooner = z_later ? next_x : next_z, &later = z_later ? next_z : next_x;
-      read_gradient(p.dy, m, pixels, p.out_channels, 0, p.out_channels, dy, p.dy_stride);
+      read_whole_gradient(p.dy, m, pixels, p.out_channels, dy, p.dy_stride);
       if (p.weight_partials) {
         read_pieces(p.x, p.pieces, m, pixels, x, p.x_stride);
         float* out = p.weight_partials + item * p.out_channels * p.weight_stride;
         const Range addend = {p.addend ? p.addend + m * p.addend_stride : nullptr, pixels * p.addend_stride};
         const Range masks = finish_range(p, m, pixels);
         for (int64_t g = 0; g < p.groups; ++g) {
-          const Range soon[4] = {next_g.part(g, p.groups), sooner.part(g, p.groups), addend.part(g, p.groups),
-                                 masks.part(g, p.groups)};
+          Range soon[4] = {next_g.part(g, p.groups), sooner.part(g, p.groups), addend.part(g, p.groups),
+                           masks.part(g, p.groups)};
+          if (p.pieces > 1) targets_ahead(p, m, pixels, soon + 2);
           outer(dy + g * n, p.dy_stride, n, x + g * k, p.x_stride, k, pixels, out + g * n * p.weight_stride, p.weight_stride,
-                m > from, soon, addend.data || masks.data ? 4 : 2);
+                m > from, soon, soon[2].data || soon[3].data ? 4 : 2);
         }
       }
       for (int64_t i = 0; p.weight && i < pixels; i += p.part) {
