@@ -104,27 +104,32 @@ FASTBLOCKS_INLINE int64_t merge_rows(const MergeWeights& p) { return larger(1, k
 inline void merge_weights_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
   const MergeWeights& p = *static_cast<const MergeWeights*>(params);
   Scratch scratch(memory);
-  float* sums = scratch.take<float>(p.stride);
   const int64_t rows = merge_rows(p), step = p.rows * p.stride;
-  for (int64_t item = begin; item < end; ++item)
-    for (int64_t r = item * rows; r < smaller((item + 1) * rows, p.rows); ++r) {
-      const float* from = p.partials + r * p.stride;
-      for (int64_t c = 0; c < p.columns; c += kLanes) {
-        Vec sum = load(from + c);
-        for (int64_t part = 1; part < p.items; ++part) sum += load(from + part * step + c);
-        store(sums + c, sum);
+  float* sums = scratch.take<float>(rows * p.stride);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t first = item * rows, count = smaller(rows, p.rows - first);
+    // All rows of one partial after the other: that much lies side by side.
+    for (int64_t part = 0; part < p.items; ++part) {
+      const float* from = p.partials + part * step + first * p.stride;
+      for (int64_t c = 0; c < count * p.stride; c += kLanes) {
+        const Vec v = load(from + c);
+        store(sums + c, part ? load(sums + c) + v : v);
       }
-      float* out = p.out + p.row_offsets[r];
-      if (p.dense)
-        __builtin_memcpy(out, sums, p.columns * sizeof(float));
-      else
-        for (int64_t c = 0; c < p.columns; ++c) out[p.column_offsets[c]] = sums[c];
     }
+    for (int64_t r = 0; r < count; ++r) {
+      const float* sum = sums + r * p.stride;
+      float* out = p.out + p.row_offsets[first + r];
+      if (p.dense)
+        __builtin_memcpy(out, sum, p.columns * sizeof(float));
+      else
+        for (int64_t c = 0; c < p.columns; ++c) out[p.column_offsets[c]] = sum[c];
+    }
+  }
 }
 
 inline void merge_weights_prepare(void* params, TrainWork* work) {
   MergeWeights& p = *static_cast<MergeWeights*>(params);
-  *work = {divide_up(p.rows, merge_rows(p)), room<float>(p.stride + kPadding)};
+  *work = {divide_up(p.rows, merge_rows(p)), room<float>(merge_rows(p) * p.stride + kPadding)};
 }
 
 FASTBLOCKS_INLINE bool side_by_side(const int64_t* offsets, int64_t count) {
@@ -143,26 +148,32 @@ FASTBLOCKS_INLINE void pack_square(const float* w, const int64_t* channels, floa
   for (int k = 0; k < kLanes; ++k) store(out + k * lanes, v[k]);
 }
 
-// One panel, value by value: channels [0, valid), depths [begin, end).
-inline void pack_values(const float* w, const int64_t* channels, const int64_t* depths, int64_t begin, int64_t end,
-                        int64_t valid, float* out, int64_t lanes) {
-  for (int64_t k = begin; k < end; ++k)
-    for (int64_t n = 0; n < valid; ++n) out[k * lanes + n] = w[channels[n] + depths[k]];
+// The same, value by value: as many channels and depths as there are.
+inline void pack_values(const float* w, const int64_t* channels, int64_t width, const int64_t* depths, int64_t depth, float* out,
+                        int64_t lanes) {
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t n = 0; n < width; ++n) out[k * lanes + n] = w[channels[n] + depths[k]];
+}
+
+// A vector of channels, or what there is of one, of all depths. Where depths are gathered most still lie side by side.
+inline void pack_vector(const PackMatrix& p, const float* w, const int64_t* channels, int64_t width, float* out, int64_t lanes) {
+  const int64_t* const depths = p.depth_offsets;
+  if (width == kLanes && side_by_side(channels, kLanes)) {
+    for (int64_t k = 0; k < p.depth; ++k) store(out + k * lanes, load(w + channels[0] + depths[k]));
+    return;
+  }
+  for (int64_t k = 0; k < p.depth; k += kLanes) {
+    const int64_t depth = smaller(kLanes, p.depth - k);
+    if (width == kLanes && depth == kLanes && side_by_side(depths + k, kLanes))
+      pack_square(w + depths[k], channels, out + k * lanes, lanes);
+    else
+      pack_values(w, channels, width, depths + k, depth, out + k * lanes, lanes);
+  }
 }
 
 inline void pack_panel(const PackMatrix& p, const float* w, const int64_t* channels, int64_t valid, float* out, int64_t lanes) {
-  const int64_t* const depths = p.depth_offsets;
   if (valid < lanes) __builtin_memset(out, 0, p.depth * lanes * sizeof(float));
-  if (valid == lanes && side_by_side(channels, lanes)) {
-    for (int64_t k = 0; k < p.depth; ++k)
-      for (int64_t n = 0; n < lanes; n += kLanes) store(out + k * lanes + n, load(w + channels[0] + depths[k] + n));
-    return;
-  }
-  const int64_t squares = side_by_side(depths, p.depth) ? p.depth / kLanes * kLanes : 0, whole = valid / kLanes * kLanes;
-  for (int64_t n = 0; squares && n < whole; n += kLanes)
-    for (int64_t k = 0; k < squares; k += kLanes) pack_square(w + depths[k], channels + n, out + k * lanes + n, lanes);
-  pack_values(w, channels + whole, depths, 0, squares, valid - whole, out + whole, lanes);
-  pack_values(w, channels, depths, squares, p.depth, valid, out, lanes);
+  for (int64_t n = 0; n < valid; n += kLanes) pack_vector(p, w, channels + n, smaller(kLanes, valid - n), out + n, lanes);
 }
 
 // An item is one panel.
