@@ -110,7 +110,7 @@ void Backward::add_interleave(const Node&, int64_t value) {
   GatherGrad p{};
   p.pixels = b_.shapes[value].pixels(), p.channels = b_.shapes[value].c, p.pieces = (int64_t)route.pieces.size();
   p.g = grads_[value].data, p.stride = grads_[value].stride;
-  p.order = plan_.keep(gather_order(route, &p.halves)), p.dx = pieces;
+  p.order = interleaving(plan_, route), p.dx = pieces;
   plan_.stage();
   GatherGrad* job = plan_.add(kernels().train.gather_grad, p);
   job->sums = want_sums(route, pieces, job->items, job->sums_stride);

@@ -93,7 +93,7 @@ class Forward {
         Gather p{};
         p.pixels = out.pixels(), p.channels = out.c, p.y = b_.values[value];
         p.x = plan_.keep(b_.sources(route)), p.pieces = (int64_t)route.pieces.size();
-        p.order = plan_.keep(gather_order(route, &p.halves));
+        p.order = interleaving(plan_, route);
         plan_.add(t.gather, p);
         return;
       }
@@ -168,12 +168,27 @@ TrainMean mean_of(const Bound& b, const Node& node) {
   return p;
 }
 
-std::vector<int32_t> gather_order(const Route& route, bool* halves) {
-  const int64_t channels = (int64_t)route.order.size();
-  std::vector<int32_t> order(channels);
-  for (int64_t i = 0; i < channels; ++i) order[route.order[i]] = (int32_t)i;
-  *halves = route.pieces.size() == 2;
-  for (int64_t c = 0; c < channels; ++c) *halves = *halves && order[c] == c / 2 + c % 2 * (channels / 2);
+Interleaving interleaving(Plan& plan, const Route& route) {
+  constexpr size_t kFew = 16;  // as fast one by one
+  std::vector<int32_t> rest(route.order.size());
+  for (size_t i = 0; i < rest.size(); ++i) rest[route.order[i]] = (int32_t)i;
+  const auto is_run = [](const std::vector<int32_t>& at) {
+    for (size_t i = 1; i < at.size(); ++i)
+      if (at[i] != at[0] + (int32_t)i) return false;
+    return true;
+  };
+  std::vector<int64_t> runs;
+  while (rest.size() > kFew && !is_run(rest)) {
+    std::vector<int32_t> by_turns[2];
+    for (size_t i = 0; i < rest.size(); ++i) by_turns[i % 2].push_back(rest[i]);
+    if (!is_run(by_turns[1])) break;
+    runs.push_back(by_turns[1][0]);
+    rest = std::move(by_turns[0]);
+  }
+  Interleaving order{};
+  order.levels = (int64_t)runs.size(), order.runs = plan.keep(std::move(runs));
+  order.rest_is_run = is_run(rest);
+  order.rest_count = (int64_t)rest.size(), order.rest = plan.keep(std::move(rest));
   return order;
 }
 

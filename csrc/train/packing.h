@@ -26,8 +26,8 @@ std::vector<int64_t> depth_offsets(const TensorView& weight, const Route& route 
 
 // 0, step, 2 * step, ...
 std::vector<int64_t> multiples(int64_t count, int64_t step);
-// Where among a route's pieces each channel is; `halves`: they are two, taken by turns.
-std::vector<int32_t> gather_order(const Route& route, bool* halves);
+// Where among a route's pieces each channel is.
+Interleaving interleaving(Plan& plan, const Route& route);
 TrainPool pool_of(const Bound& b, const Node& node, int64_t value);
 // What both directions of a mean are told.
 TrainMean mean_of(const Bound& b, const Node& node);

@@ -106,31 +106,46 @@ inline void finish_prepare(void* params, TrainWork* work) {
   *work = {p.items, Sums::bytes(p.channels) + room<float>(kPassBlock * round_up(p.channels, kLanes) + kPadding)};
 }
 
+// Channels of a level: half of the one before, rounded up.
+FASTBLOCKS_INLINE int64_t level_channels(int64_t channels, int64_t level) {
+  for (; level > 0; --level) channels -= channels / 2;
+  return channels;
+}
+
+// A row of values to channels in their order; `memory` holds two rows.
+FASTBLOCKS_INLINE void gather_channels(const Interleaving& order, const float* row, int64_t channels, float* y, float* memory,
+                                       int64_t stride) {
+  const float* from = row + order.rest[0];
+  if (!order.rest_is_run || order.levels == 0) {
+    float* to = order.levels ? memory + order.levels % 2 * stride : y;
+    for (int64_t c = 0; c < order.rest_count; ++c) to[c] = row[order.rest[c]];
+    from = to;
+  }
+  for (int64_t level = order.levels; level-- > 0;) {
+    float* to = level ? memory + level % 2 * stride : y;
+    const float* streams[2] = {from, row + order.runs[level]};
+    interleave_exact<2>(streams, 0, level_channels(channels, level), to);
+    from = to;
+  }
+}
+
 inline void gather_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
   const Gather& p = *static_cast<const Gather*>(params);
   Scratch scratch(memory);
   const int64_t stride = panel_row(p.channels);
-  float* rows = scratch.take<float>(kPassBlock * stride + kPadding);
+  float* rows = scratch.take<float>((kPassBlock + 2) * stride + kPadding);
   for (int64_t item = begin; item < end; ++item)
     for_blocks(p, item, [&](int64_t m, int64_t pixels) {
       read_pieces(p.x, p.pieces, m, pixels, rows, stride);
-      for (int64_t i = 0; i < pixels; ++i) {
-        const float* row = rows + i * stride;
-        float* y = p.y + (m + i) * p.channels;
-        if (p.halves) {
-          const float* streams[2] = {row, row + p.channels / 2};
-          interleave_exact<2>(streams, 0, p.channels, y);
-        } else {
-          for (int64_t c = 0; c < p.channels; ++c) y[c] = row[p.order[c]];
-        }
-      }
+      for (int64_t i = 0; i < pixels; ++i)
+        gather_channels(p.order, rows + i * stride, p.channels, p.y + (m + i) * p.channels, rows + kPassBlock * stride, stride);
     });
 }
 
 inline void gather_prepare(void* params, TrainWork* work) {
   Gather& p = *static_cast<Gather*>(params);
   cut_pass(p);
-  *work = {p.items, room<float>(kPassBlock * panel_row(p.channels) + kPadding)};
+  *work = {p.items, room<float>((kPassBlock + 2) * panel_row(p.channels) + kPadding)};
 }
 
 template <int... E>
@@ -153,23 +168,32 @@ inline void deal(const float* from, int64_t count, float* even, float* odd) {
   for (; c < count; ++c) even[c] = from[2 * c], odd[c] = from[2 * c + 1];
 }
 
+// Channels in their order to a row of values.
+FASTBLOCKS_INLINE void scatter_channels(const Interleaving& order, const float* g, int64_t channels, float* row, float* memory,
+                                        int64_t stride) {
+  const float* from = g;
+  for (int64_t level = 0; level < order.levels; ++level) {
+    float* even = level + 1 == order.levels && order.rest_is_run ? row + order.rest[0] : memory + level % 2 * stride;
+    deal(from, channels / 2, even, row + order.runs[level]);
+    if (channels % 2) even[channels / 2] = from[channels - 1];
+    channels -= channels / 2;
+    from = even;
+  }
+  if (order.levels == 0 || !order.rest_is_run)
+    for (int64_t c = 0; c < channels; ++c) row[order.rest[c]] = from[c];
+}
+
 inline void gather_grad_run(const void* params, int64_t begin, int64_t end, char* memory) noexcept {
   const GatherGrad& p = *static_cast<const GatherGrad*>(params);
   Scratch scratch(memory);
-  const int64_t stride = panel_row(p.channels), half = p.channels / 2;
-  float* rows = scratch.take<float>(kPassBlock * stride + kPadding);
+  const int64_t stride = panel_row(p.channels);
+  float* rows = scratch.take<float>((kPassBlock + 2) * stride + kPadding);
   Sums sums(p.sums_stride, scratch);
   for (int64_t item = begin; item < end; ++item) {
     if (p.sums) sums.clear(p.sums_stride);
     for_blocks(p, item, [&](int64_t m, int64_t pixels) {
-      for (int64_t i = 0; i < pixels; ++i) {
-        const float* g = p.g + (m + i) * p.stride;
-        float* row = rows + i * stride;
-        if (p.halves)
-          deal(g, half, row, row + half);
-        else
-          for (int64_t c = 0; c < p.channels; ++c) row[p.order[c]] = g[c];
-      }
+      for (int64_t i = 0; i < pixels; ++i)
+        scatter_channels(p.order, p.g + (m + i) * p.stride, p.channels, rows + i * stride, rows + kPassBlock * stride, stride);
       finish_pieces(p.dx, p.pieces, rows, stride, m, pixels, sums);
     });
     if (p.sums) sums.write(p.sums_stride, p.sums + item * 2 * p.sums_stride);
@@ -180,7 +204,7 @@ inline void gather_grad_prepare(void* params, TrainWork* work) {
   GatherGrad& p = *static_cast<GatherGrad*>(params);
   cut_pass(p);
   p.sums_stride = sums_of_pieces(p);
-  *work = {p.items, room<float>(kPassBlock * panel_row(p.channels) + kPadding) + Sums::bytes(p.sums_stride)};
+  *work = {p.items, room<float>((kPassBlock + 2) * panel_row(p.channels) + kPadding) + Sums::bytes(p.sums_stride)};
 }
 
 }  // namespace FASTBLOCKS_LEVEL

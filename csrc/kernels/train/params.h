@@ -232,12 +232,22 @@ struct FinishPass {
   int64_t items, item_pixels;  // set by prepare
 };
 
-// Pieces of several values in one: channel c of y is channel order[c] of the pieces, side by side. And the gradient's way back.
+// Which of a row's values makes each channel, where units took channels by turns: at each level every second channel is one of
+// a run of values side by side, the others are the next level's channels. What is left behind the last level is in any order.
+struct Interleaving {
+  const int64_t* runs;  // a level: where its run begins
+  int64_t levels;
+  const int32_t* rest;
+  int64_t rest_count;
+  bool rest_is_run;
+};
+
+// Pieces of several values in one: channels of y are those of the pieces, side by side, in another order. And the gradient's
+// way back.
 struct Gather {
   int64_t pixels, channels, pieces;
   const SourcePiece* x;
-  const int32_t* order;
-  bool halves;  // there are two pieces, taken by turns
+  Interleaving order;
   float* y;
   int64_t items, item_pixels;
 };
@@ -246,8 +256,7 @@ struct GatherGrad {
   int64_t pixels, channels, pieces;
   const float* g;  // of y
   int64_t stride;
-  const int32_t* order;
-  bool halves;
+  Interleaving order;
   const GradPiece* dx;
   double* sums;
   int64_t items, item_pixels, sums_stride;
