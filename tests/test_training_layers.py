@@ -229,6 +229,14 @@ ROWS: dict[str, tuple[Callable[[], Any], int]] = {
     "units": (lambda: Sequential(ShuffleUnit(24, 48, 2, 3, False), *(ShuffleUnit(48, 48, 1, 3) for _ in range(2))), 24),
     "units v2": (lambda: Sequential(ShuffleUnitV2(24, 58, 2), *(ShuffleUnitV2(58, 58, 1) for _ in range(2))), 24),
     "many units v2": (lambda: Sequential(ShuffleUnitV2(8, 20, 2), *(ShuffleUnitV2(20, 20, 1) for _ in range(6))), 8),
+    "wide units v2, whose outputs lie in planes": (
+        lambda: Sequential(ShuffleUnitV2(24, 134, 2), *(ShuffleUnitV2(134, 134, 1) for _ in range(5))),
+        24,
+    ),
+    "wide units v2, then one that reads all": (
+        lambda: Sequential(*(ShuffleUnitV2(134, 134, 1) for _ in range(4)), DepthwiseConvBNAct(134)),
+        134,
+    ),
     "units v2, then one that reads all": (
         lambda: Sequential(*(ShuffleUnitV2(14, 14, 1) for _ in range(3)), PointwiseConvBNAct(14, 9)),
         14,

@@ -33,8 +33,8 @@ Gradient Backward::gradient(const Node& node, int64_t value) {
   plan_.add(kernels().train.norm_backward, p);
   plan_.stage();
   sums_[node.conv].clear();
-  return {grads_[value].data, grads_[value].stride, b_.values[value], p.norm.mean, p.norm.scale, p.slope, p.offset,
-          b_.planes_of(value)};
+  return {grads_[value].data, grads_[value].stride, b_.values[value], p.norm.mean, p.norm.scale, p.slope,
+          p.offset,           b_.planes_of(value)};
 }
 
 void Backward::merge_later(int64_t items, int64_t rows, int64_t columns, int64_t stride, Memory memory,

@@ -76,7 +76,7 @@ struct Bound {
   // A node: a maximum pool of a convolution's z itself, or of -z where BatchNorm changes its sign. What reads it applies
   // BatchNorm and activation, on a quarter of the pixels, as it would for the convolution's own output.
   std::vector<bool> pools_z;
-  std::vector<bool> read_once;  // a value: each channel has one reader, and that can gather
+  std::vector<bool> read_once;             // a value: each channel has one reader, and that can gather
   std::vector<std::vector<Plane>> planes;  // a value, and its gradient
   ImageInput x;
   bool planar;                        // x is NCHW, for a dense convolution

@@ -138,8 +138,8 @@ inline void dense_grad_run(const void* params, int64_t begin, int64_t end, char*
       if (p.pooled) {
         __builtin_memset(g, 0, q.out_width * p.dy_stride * sizeof(float));
         add_pool_grad(p.pool, image, oy, g, p.dy_stride);
-        read_gradient_from(g, p.dy_stride, p.dy.z + pixel * q.out_channels, q.out_channels, p.dy, q.out_width, 0, q.out_channels, dy,
-                           p.dy_stride);
+        read_gradient_from(g, p.dy_stride, p.dy.z + pixel * q.out_channels, q.out_channels, p.dy, q.out_width, 0,
+                           q.out_channels, dy, p.dy_stride);
       } else {
         read_gradient(p.dy, pixel, q.out_width, q.out_channels, 0, q.out_channels, dy, p.dy_stride);
       }

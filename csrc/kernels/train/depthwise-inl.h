@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "../shuffle-inl.h"
-#include "common-inl.h"
+#include "finish-inl.h"
 
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {

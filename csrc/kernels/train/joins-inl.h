@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../shuffle-inl.h"
-#include "common-inl.h"
+#include "finish-inl.h"
 
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {

@@ -34,8 +34,7 @@ inline void linear_tile(const TrainLinear& p, int64_t row, int64_t o) {
   };
   for_channels(p.in, add);
   for (int i = 0; i < R; ++i)
-    for (int j = 0; j < O; ++j)
-      p.y[(row + i) * p.out + o + j] = lanes_sum(sum[i][j]) + (p.bias ? p.bias[o + j] : 0.0f);
+    for (int j = 0; j < O; ++j) p.y[(row + i) * p.out + o + j] = lanes_sum(sum[i][j]) + (p.bias ? p.bias[o + j] : 0.0f);
 }
 
 template <int O>
@@ -101,11 +100,11 @@ inline void linear_grad_input(const TrainLinearGrad& p, int64_t first, int64_t c
       });
     int64_t row = 0;
     for (; row + 3 <= p.rows; row += 3)
-      linear_grad_tile<3>(p.g + row * p.g_stride + o, p.g_stride, panel, stride, depth, p.dx + row * p.in + first, p.in, columns,
-                          o > 0);
+      linear_grad_tile<3>(p.g + row * p.g_stride + o, p.g_stride, panel, stride, depth, p.dx + row * p.in + first, p.in,
+                          columns, o > 0);
     for (; row < p.rows; ++row)
-      linear_grad_tile<1>(p.g + row * p.g_stride + o, p.g_stride, panel, stride, depth, p.dx + row * p.in + first, p.in, columns,
-                          o > 0);
+      linear_grad_tile<1>(p.g + row * p.g_stride + o, p.g_stride, panel, stride, depth, p.dx + row * p.in + first, p.in,
+                          columns, o > 0);
   }
 }
 

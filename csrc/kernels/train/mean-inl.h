@@ -1,7 +1,7 @@
 // Global average pooling in training: the mean of what is read through a BatchNorm, which is not stored.
 #pragma once
 
-#include "common-inl.h"
+#include "finish-inl.h"
 
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {

@@ -149,14 +149,15 @@ FASTBLOCKS_INLINE void pack_square(const float* w, const int64_t* channels, floa
 }
 
 // The same, value by value: as many channels and depths as there are.
-inline void pack_values(const float* w, const int64_t* channels, int64_t width, const int64_t* depths, int64_t depth, float* out,
-                        int64_t lanes) {
+inline void pack_values(const float* w, const int64_t* channels, int64_t width, const int64_t* depths, int64_t depth,
+                        float* out, int64_t lanes) {
   for (int64_t k = 0; k < depth; ++k)
     for (int64_t n = 0; n < width; ++n) out[k * lanes + n] = w[channels[n] + depths[k]];
 }
 
 // A vector of channels, or what there is of one, of all depths. Where depths are gathered most still lie side by side.
-inline void pack_vector(const PackMatrix& p, const float* w, const int64_t* channels, int64_t width, float* out, int64_t lanes) {
+inline void pack_vector(const PackMatrix& p, const float* w, const int64_t* channels, int64_t width, float* out,
+                        int64_t lanes) {
   const int64_t* const depths = p.depth_offsets;
   if (width == kLanes && side_by_side(channels, kLanes)) {
     for (int64_t k = 0; k < p.depth; ++k) store(out + k * lanes, load(w + channels[0] + depths[k]));

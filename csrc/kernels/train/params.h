@@ -38,8 +38,8 @@ struct SourcePiece {
   int64_t channels;
 };
 
-// A value whose channels are read some here, some there lies in planes, one behind the other: [pixel][channel] for each range of
-// channels that is read together. So each is read in one piece, and whole cache lines are used.
+// A value whose channels are read some here, some there lies in planes, one behind the other: [pixel][channel] for each range
+// of channels that is read together. So each is read in one piece, and whole cache lines are used.
 struct Plane {
   int64_t first, channels;
 };
@@ -298,7 +298,7 @@ struct TrainLinear {
   int64_t rows, in, out;
   const float *x, *w, *bias;  // bias: or null
   int64_t x_stride;
-  float* y;               // dense
+  float* y;              // dense
   int64_t items, width;  // set by prepare: outputs of an item
 };
 
@@ -339,7 +339,8 @@ struct TrainOp {
 
 struct TrainTable {
   TrainOp norm_forward, norm_backward, merge_weights, pack_matrix, pack_taps, pointwise, pointwise_grad, depthwise,
-      depthwise_grad, dense_grad, moments, join, finish, gather, gather_grad, pool, pool_grad, mean, mean_grad, linear, linear_grad;
+      depthwise_grad, dense_grad, moments, join, finish, gather, gather_grad, pool, pool_grad, mean, mean_grad, linear,
+      linear_grad;
 };
 
 }  // namespace fastblocks

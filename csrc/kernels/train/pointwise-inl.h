@@ -3,6 +3,7 @@
 // input, which is finished while it is in cache, and the item's share of the gradient of the weight.
 #pragma once
 
+#include "finish-inl.h"
 #include "outer-inl.h"
 
 namespace fastblocks {
@@ -77,7 +78,8 @@ inline void train_pointwise_prepare(void* params, TrainWork* work) {
   cut_pixels(p.pixels, p.block, 128, &p.items, &p.item_pixels);
   p.block = even(p.item_pixels, p.block);
   *work = {p.items, room<float>(p.block * p.panel_stride + kPadding) +
-                        room<float>(p.stream || p.planes.count ? p.block * p.out_channels + kPadding : 0) + Moments::bytes(p.out_channels)};
+                        room<float>(p.stream || p.planes.count ? p.block * p.out_channels + kPadding : 0) +
+                        Moments::bytes(p.out_channels)};
 }
 
 // Whether the gradient of the input is made in scratch, and goes from there to where it belongs.

@@ -1,7 +1,7 @@
 // Pooling in training: the maximum remembers which tap won, a byte a value; the mean counts padding, as zeros.
 #pragma once
 
-#include "common-inl.h"
+#include "finish-inl.h"
 
 namespace fastblocks {
 namespace FASTBLOCKS_LEVEL {
