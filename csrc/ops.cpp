@@ -8,7 +8,6 @@
 #include "ops/calls.h"
 #include "parallel.h"
 #include "tensors.h"
-#include "train/linear.h"
 #include "train/program.h"
 
 namespace fastblocks {
@@ -129,8 +128,6 @@ constexpr OpRow kOps[] = {
     function_row<train::make_program, 1>("make_program"),
     function_row<train::forward, 6>("chain_forward"),
     function_row<train::backward, 7>("chain_backward"),
-    function_row<train::linear_forward, 3>("linear_forward"),
-    function_row<train::linear_backward, 4>("linear_backward"),
 };
 constexpr size_t kOpCount = sizeof(kOps) / sizeof(kOps[0]);
 

@@ -117,12 +117,8 @@ class _ChainFunctions(NamedTuple):
     make_program: Callable[..., Any]
     forward: Callable[..., list[Tensor]]
     backward: Callable[..., list[Tensor | None]]
-    linear: Callable[..., Tensor]
-    linear_backward: Callable[..., list[Tensor | None]]
 
 
-chain_functions = _ChainFunctions(
-    _C.make_program, _C.chain_forward, _C.chain_backward, _C.linear_forward, _C.linear_backward
-)
+chain_functions = _ChainFunctions(_C.make_program, _C.chain_forward, _C.chain_backward)
 
 TABLE: dict[str, Callable[..., Any]] = {name: getattr(_C, name) for name in reference.TABLE}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastblocks.backends import counts, reference, state
-from fastblocks.functional.plain import gradient_batch, readable
+from fastblocks.functional.plain import gradient_batch
 
 
 class _Call:
@@ -115,40 +115,9 @@ class Shuffle(torch.autograd.Function):
         return (None, None, *grad.split(ctx.channels, 1))
 
 
-class Linear(torch.autograd.Function):
-    """A fully connected layer whose weight trains: kernels that read it as it lies, for packing takes five products."""
-
-    @staticmethod
-    def forward(ctx: Any, functions: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        """Run the layer; its input is kept."""
-        ctx.functions = functions
-        ctx.save_for_backward(input, weight)
-        result: Tensor = functions.linear(input, weight, bias)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        input, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() or gradient_batch(grad) or not readable((grad,)):
-            products = (lambda: grad @ weight, lambda: grad.t() @ input, lambda: grad.sum(0))
-            return (None, *(product() if need else None for product, need in zip(products, needs, strict=True)))
-        return (None, *ctx.functions.linear_backward(grad, input, weight, needs))
-
-
-def _trains(name: str, args: Sequence[Any]) -> bool:
-    """Whether a call with gradients is a fully connected layer whose weight trains."""
-    return name == "linear" and bool(args[1].requires_grad)
-
-
-def _reads(input: Tensor, weight: Tensor) -> bool:
-    """Whether the tier has kernels for a fully connected layer whose weight trains, and they read these tensors."""
-    return hasattr(state.chains, "linear") and input.numel() > 0 and weight.numel() > 0 and weight.is_contiguous()
-
-
 def trains_by_torch(name: str, args: Sequence[Any]) -> bool:
-    """Whether a call with gradients is left to torch."""
-    return _trains(name, args) and not _reads(args[0], args[1])
+    """Whether a call with gradients is left to torch: packing a weight at every step takes five times its product."""
+    return name == "linear" and bool(args[1].requires_grad)
 
 
 def differentiable(name: str, args: Sequence[Any]) -> Any:
@@ -159,8 +128,6 @@ def differentiable(name: str, args: Sequence[Any]) -> Any:
     if trains_by_torch(name, args):
         counts.called(name, "reference")
         return reference.linear(*args)
-    if _trains(name, args):
-        return Linear.apply(state.chains, *args)
     if name in SHUFFLES:
         return Shuffle.apply(function, args[-1], *args[:-1])
     tensors: list[Any] = []

@@ -160,19 +160,17 @@ class Classifier(HasSites, nn.Sequential):
         if global_hooks():
             return "global module hooks are set"
         dropout, linear = children
+        if dropout.training:
+            return "dropout is in training mode"
         return watched(dropout) or watched(linear) or _linear_reason(x, linear)
 
     def _forward_checked(self, x: Any) -> Any:
         if self._why_not(x) is not None:
             return nn.Sequential.forward(self, x)
         children: Any = list(self._modules.values())
-        dropout, linear = children
-        x = dropout(x) if dropout.training else x
+        linear = children[1]
         if is_compiling():
             return functional.linear(x, linear.weight, linear.bias)
-        if dropout.training:
-            tensors = [t for t in (x, linear.weight, linear.bias) if t is not None]
-            return site.check_and_call("linear", (x, linear.weight, linear.bias), tensors)
         states = [child.__dict__ for child in children]
         modules = site.Modules((self._modules,), states, hooks_of(states), ((states[0], "training", False),))
         result, self.__dict__["_site"] = _run_linear(x, linear, modules)

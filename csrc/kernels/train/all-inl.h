@@ -4,7 +4,6 @@
 #include "dense-inl.h"
 #include "depthwise-inl.h"
 #include "joins-inl.h"
-#include "linear-inl.h"
 #include "mean-inl.h"
 #include "norm-inl.h"
 #include "pointwise-inl.h"
@@ -32,8 +31,6 @@ TrainTable train_table() {
   t.gather_grad = {gather_grad_prepare, gather_grad_run};
   t.pool = {train_pool_prepare, train_pool_run};
   t.pool_grad = {pool_grad_prepare, pool_grad_run};
-  t.linear = {linear_prepare, linear_run};
-  t.linear_grad = {linear_grad_prepare, linear_grad_run};
   t.mean = {mean_prepare, mean_run};
   t.mean_grad = {mean_grad_prepare, mean_grad_run};
   return t;

@@ -293,24 +293,6 @@ struct TrainMean {
   int64_t items, parts, width;  // set by prepare: parts of an image, and their channels or pixels
 };
 
-// A fully connected layer whose weight [out][in] changes at every step, and so is read as it lies: y = x w' + bias.
-struct TrainLinear {
-  int64_t rows, in, out;
-  const float *x, *w, *bias;  // bias: or null
-  int64_t x_stride;
-  float* y;              // dense
-  int64_t items, width;  // set by prepare: outputs of an item
-};
-
-// Its gradients: dx = g w, dw = g' x, and sums over rows of g. Where one is null it is not needed.
-struct TrainLinearGrad {
-  int64_t rows, in, out;
-  const float *g, *x, *w;
-  int64_t g_stride, x_stride;
-  float *dx, *dw, *dbias;  // dense
-  int64_t items, width;    // set by prepare: inputs of an item
-};
-
 // Dense k x k convolutions.
 struct DenseGrad {
   ConvParams conv;  // sizes and input, which is no convolution's output
@@ -339,8 +321,7 @@ struct TrainOp {
 
 struct TrainTable {
   TrainOp norm_forward, norm_backward, merge_weights, pack_matrix, pack_taps, pointwise, pointwise_grad, depthwise,
-      depthwise_grad, dense_grad, moments, join, finish, gather, gather_grad, pool, pool_grad, mean, mean_grad, linear,
-      linear_grad;
+      depthwise_grad, dense_grad, moments, join, finish, gather, gather_grad, pool, pool_grad, mean, mean_grad;
 };
 
 }  // namespace fastblocks
