@@ -26,7 +26,7 @@ Gradient Backward::gradient(const Node& node, int64_t value) {
   p.channels = out.c, p.count = out.pixels(), p.frozen = node.frozen;
   p.segment_count = (int64_t)segments.size(), p.segments = plan_.keep(std::move(segments));
   p.norm = b_.norm(node);
-  p.slope = plan_.floats(2 * stride), p.offset = p.slope + stride;
+  p.slope = plan_.floats(2 * stride + kPadding), p.offset = p.slope + stride;  // a plane may begin amid a vector
   p.grad_weight = wanted(node, 1, vector), p.grad_bias = wanted(node, 2, vector);
   plan_.stage();
   flush_merges();

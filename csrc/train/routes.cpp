@@ -100,7 +100,7 @@ void Bound::find_planes() {
         of[count - 1].channels += plane.channels;
       else
         of[count++] = plane;
-    of.resize(count);
+    of.resize(count < 2 ? 0 : count);
   }
 }
 
