@@ -47,15 +47,15 @@ def ours(name: str, state: State) -> nn.Module:
     """The network of fastblocks, in training mode."""
     model = fastblocks.models.create(name)
     model.load_state_dict(state)
-    return _without_dropout(model).train()
+    return without_dropout(model).train()
 
 
 def stock(state: State, memory_format: torch.memory_format = torch.contiguous_format) -> nn.Module:
     """The same in plain torch."""
-    return _without_dropout(stock_model(state, memory_format)).train()
+    return without_dropout(stock_model(state, memory_format)).train()
 
 
-def _without_dropout(model: nn.Module) -> nn.Module:
+def without_dropout(model: nn.Module) -> nn.Module:
     """Dropout draws from torch's generator, so no two runs would be alike."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
