@@ -33,6 +33,7 @@ from training import slim_table, stock, wide_console, without_dropout
 
 import fastblocks
 from fastblocks.bench.charts import Picture, Theme, draw, tidy
+from fastblocks.bench.files import replace_text
 from fastblocks.cli.train import Settings, train
 from fastblocks.cli.training.data import Data, batches, load_data
 from fastblocks.cli.training.distributed import World
@@ -79,9 +80,8 @@ def first_losses(form: str, settings: Settings, data: Data, steps: int) -> list[
     while len(losses) < steps:
         epoch += 1
         taken = batches(len(data.train), settings.batch_size, settings.seed, epoch, World())[: steps - len(losses)]
-        losses += train_epoch(
-            network, optimizer, schedule, data.train, taken, epoch, World(), lambda *progress: None
-        )[0]  # fmt: skip
+        found, _ = train_epoch(network, optimizer, schedule, data.train, taken, epoch, World(), lambda *progress: None)
+        losses += found
     return losses
 
 
@@ -188,7 +188,7 @@ def main() -> None:
             for path in picture(pairs).save(arguments.out / f"digits-{model}"):
                 console.print(path)
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1))
+        replace_text(arguments.json, json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -218,15 +218,15 @@ def test_the_scripts_of_training_run(tmp_path: Path) -> None:
 
 
 def test_the_script_of_the_digits_runs(tmp_path: Path) -> None:
-    """At a rate where torch keeps to float64, so does fastblocks; and the trainings are drawn."""
+    """Losses part by a few 1e-6 (with twice the rate they differ by 2e-4); and the trainings are drawn."""
     model, file = "mobilenet_v1_x0_25", tmp_path / "digits.json"
-    sizes = ("--models", model, "--seeds", 1, "--steps", 3, "--rates", 1e-6, "--epochs", 1, "--threads", 1)
+    sizes = ("--models", model, "--seeds", 1, "--steps", 3, "--rates", 1e-5, "--epochs", 1, "--threads", 1)
     done = run("benchmarks/digits.py", *sizes, "--out", tmp_path, "--json", file)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(file.read_text())
     (result,) = found["losses"]
     assert {len(losses) for losses in result["losses"][0].values()} == {3}
-    assert all(apart < 1e-4 for apart in (result["apart"][name][0] for name in result["apart"])), result["apart"]
+    assert len(result["apart"]) == 4 and max(map(max, result["apart"].values())) < 5e-5, result["apart"]
     (pair,) = found["trainings"][model]
     assert [len(pair[who]) for who in ("fastblocks", "torch")] == [1, 1]
     assert [*tmp_path.glob("digits-*.png")]

@@ -235,31 +235,19 @@ def in_two_processes(data: Path, out: Path, *options: str) -> dict[str, Any]:
     return json.loads((out / "history.json").read_text())
 
 
-one_pair = pytest.mark.xdist_group("pair")  # one process makes it for both
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """The folder of a run in two processes, the pictures it learnt from, and its history."""
-    data, out = tmp_path_factory.mktemp("pets"), tmp_path_factory.mktemp("pair")
-    write_pictures(data)
-    return out, data, in_two_processes(data, out)
-
-
 @needs_gloo
-@one_pair
-def test_two_processes(capsys, pair):
+def test_two_processes(capsys, folder, tmp_path):
     """One set of lines and files, a random state for each process, and no going on with another number of them."""
-    out, data, history = pair
+    out = tmp_path / "pair"
+    history = in_two_processes(folder, out)
     assert len(history["step_losses"]) == 2  # of 4 in each process, for 16 pictures
     assert sorted(os.listdir(out)) == FILES
     first, second = saved(out)["random_states"]
     assert not torch.equal(first, second)
-    assert "made with processes 2, now it is 1" in fails(capsys, *IN_PAIRS, "--data", data, "--out", out)
+    assert "made with processes 2, now it is 1" in fails(capsys, *IN_PAIRS, "--data", folder, "--out", out)
 
 
 @needs_gloo
-@one_pair
 def test_two_processes_have_the_losses_of_stock_torch_in_two(folder, tmp_path):
     """Ten steps, so short that rounding does not part them (design.md): with twice the rate losses differ by 6e-4."""
     slow = ["--epochs", "5", "--lr", "1e-6", "--resolution", "64"]
