@@ -59,15 +59,19 @@ class GroupedPointwise(nn.Sequential):
         conv = nn.Conv2d(cin, out, 1, groups=groups, bias=False)
         super().__init__(conv, nn.BatchNorm2d(out), nn.ReLU(), nn.ChannelShuffle(groups))
         self.groups, self.fused = groups, fused
+        self.record: functional.ConvBN | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.fused:
             return super().forward(x)
-        conv: Any = self[0]
-        bn: Any = self[1]
-        record = functional.ConvBN(conv.weight, None, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+        if self.record is None:  # weights are loaded into the tensors that are there
+            conv: Any = self[0]
+            bn: Any = self[1]
+            self.record = functional.ConvBN(
+                conv.weight, None, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps
+            )
         return functional.grouped_pointwise_conv_bn_act(
-            x, record, groups=self.groups, shuffle=self.groups, activation="relu"
+            x, self.record, groups=self.groups, shuffle=self.groups, activation="relu"
         )
 
 
@@ -149,7 +153,7 @@ def _depthwise(channels: int, side: int, stride: int, quick: bool = False) -> Sh
     )
 
 
-def _grouped(cin: int, out: int, groups: int, side: int, quick: bool = False) -> Shape:
+def grouped(cin: int, out: int, groups: int, side: int, quick: bool = False) -> Shape:
     return Shape(
         f"grouped_pointwise_conv_bn_act {cin}-{out} g{groups} {side}x{side}",
         (cin, side, side),
@@ -178,10 +182,10 @@ OPS = (
     _part("inverted_residual 160-960-160 7x7 s1", "mobilenet_v2", "features.15", (160, 7, 7), True),
     _part("depthwise_separable 128-128 56x56 s1", "mobilenet_v1", "features.3", (128, 56, 56), True),
     _part("depthwise_separable 512-1024 14x14 s2", "mobilenet_v1", "features.12", (512, 14, 14)),
-    _grouped(200, 50, 2, 28),
-    _grouped(240, 60, 3, 28, True),
-    _grouped(544, 136, 4, 14),
-    _grouped(1536, 384, 8, 7),
+    grouped(200, 50, 2, 28),
+    grouped(240, 60, 3, 28, True),
+    grouped(544, 136, 4, 14),
+    grouped(1536, 384, 8, 7),
     _part("shuffle_unit 240 g3 28x28 s1", "shufflenet_v1_g3", "stage2.1", (240, 28, 28), True),
     _part("shuffle_unit 240-480 g3 28x28 s2", "shufflenet_v1_g3", "stage3.0", (240, 28, 28)),
     _part("shuffle_unit_v2 116 28x28 s1", "shufflenet_v2_x1_0", "stage2.1", (116, 28, 28), True),

@@ -95,8 +95,12 @@ PYBIND11_MODULE(_C, m) {
       if (name == level_name(i)) return use_level(i);
     return false;
   });
-  m.def("split_vectors", &split_vectors);
-  m.def("use_split_vectors", &use_split_vectors);
+  py::enum_<Pipes>(m, "Pipes")
+      .value("SHARED", Pipes::kShared)
+      .value("SEPARATE", Pipes::kSeparate)
+      .value("HALVES", Pipes::kHalves);
+  m.def("vector_pipes", &vector_pipes);
+  m.def("use_vector_pipes", &use_vector_pipes);
   m.def("spin_multiply_adds", &spin_multiply_adds, py::call_guard<py::gil_scoped_release>());
   m.def("memory_stats", &stats);
   m.def("empty_cache", &empty_cache, py::call_guard<py::gil_scoped_release>());

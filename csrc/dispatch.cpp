@@ -42,20 +42,20 @@ bool cpu_has(int index) {
 #endif
 }
 
-// AMD's Zen 4 has AVX-512 on pipes of 256 bits.
-bool cpu_splits_vectors() {
+// Intel's cores have two pipes for AVX-512. Of AMD's, Zen 4 has such of 256 bits, and Zen 5 four of 512.
+Pipes cpu_pipes() {
 #if defined(__x86_64__)
   unsigned eax, ebx, ecx, edx;
-  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ebx != signature_AMD_ebx) return false;
-  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
+  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx)) return Pipes::kSeparate;
+  if (ebx == signature_INTEL_ebx) return Pipes::kShared;
+  if (ebx != signature_AMD_ebx || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return Pipes::kSeparate;
   const unsigned family = (eax >> 8 & 15) + (eax >> 20 & 255);
-  return family == 0x19;
-#else
-  return false;
+  if (family == 0x19) return Pipes::kHalves;
 #endif
+  return Pipes::kSeparate;
 }
 
-std::atomic<bool> splits_vectors{cpu_splits_vectors()};
+std::atomic<Pipes> pipes{cpu_pipes()};
 
 struct Levels {
   KernelTable tables[kLevels];
@@ -89,9 +89,9 @@ const KernelTable& kernels() { return levels().tables[levels().current.load(std:
 
 int current_level() { return levels().current; }
 
-bool split_vectors() { return splits_vectors.load(std::memory_order_relaxed); }
+Pipes vector_pipes() { return pipes.load(std::memory_order_relaxed); }
 
-void use_split_vectors(bool split) { splits_vectors = split; }
+void use_vector_pipes(Pipes other) { pipes = other; }
 
 bool use_level(int index) {
   if (index < 0 || index >= kLevels || !levels().present[index]) return false;

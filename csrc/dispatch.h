@@ -38,7 +38,7 @@ const KernelTable& kernels();
 int current_level();
 // False when the build or the CPU has not got it.
 bool use_level(int index);
-// As if the CPU worked on the widest vectors by halves, or whole; for tests. Results are the same.
-void use_split_vectors(bool split);
+// As if the CPU worked so on the widest vectors; for tests.
+void use_vector_pipes(Pipes other);
 
 }  // namespace fastblocks

@@ -55,25 +55,25 @@ def running(tier: str) -> Iterator[None]:
         yield
 
 
-def widths(tier: str) -> tuple[bool | None, ...]:
-    """Ways of taking the widest vectors, for `taking`: at the level of AVX-512 whole, and by halves as on Zen 4."""
-    return (False, True) if tier.endswith("x86_64_v4") else (None,)
+def ways(tier: str) -> tuple[str | None, ...]:
+    """Of taking the widest vectors, for `taking`: at the level of AVX-512 as Intel's cores do, Zen 5 and Zen 4."""
+    return ("SHARED", "SEPARATE", "HALVES") if tier.endswith("x86_64_v4") else (None,)
 
 
 @contextlib.contextmanager
-def taking(split: bool | None) -> Iterator[None]:
-    """Kernels that take the widest vectors by halves, or whole; None: as they are."""
-    if split is None:
+def taking(way: str | None) -> Iterator[None]:
+    """Kernels that take the widest vectors this way; None: as they are."""
+    if way is None:
         yield
         return
     from fastblocks import _C
 
-    former = _C.split_vectors()
-    _C.use_split_vectors(split)
+    former = _C.vector_pipes()
+    _C.use_vector_pipes(getattr(_C.Pipes, way))
     try:
         yield
     finally:
-        _C.use_split_vectors(former)
+        _C.use_vector_pipes(former)
 
 
 @pytest.fixture(params=_tiers())

@@ -232,6 +232,27 @@ def test_the_script_of_the_digits_runs(tmp_path: Path) -> None:
     assert [*tmp_path.glob("digits-*.png")]
 
 
+def test_the_script_of_the_shuffles_runs(benchmarks: None, tmp_path: Path) -> None:
+    from shuffles import CHANNELS, FORMATS, PLACES, STAGES
+
+    found = {}
+    for what in ("split", "grouped"):
+        file = tmp_path / f"{what}.json"
+        done = run("benchmarks/shuffles.py", what, "--batch", 1, "--rounds", 1, "--threads", 1, "--json", file)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[what] = json.loads(file.read_text())
+    rows = found["split"]["rows"]
+    assert len(rows) == len(PLACES) * len(FORMATS) * len(CHANNELS)
+    for row in rows:  # of one round
+        best = min(row["ms"]["views"], row["ms"]["channel_shuffle"])
+        assert row["faster"] == pytest.approx(best / row["ms"]["fastblocks"])
+        assert row["of_copy"] == pytest.approx(row["ms"]["copy"] / row["ms"]["fastblocks"])
+    rows = found["grouped"]["rows"]
+    assert len({row["name"] for row in rows}) == len(rows) == 6 * len(STAGES)
+    product = math.prod(row["faster"] for row in rows)
+    assert found["grouped"]["mean"] == pytest.approx(product ** (1 / len(rows)))
+
+
 def test_the_script_of_the_numba_tier_runs(benchmarks: None, tmp_path: Path) -> None:
     from shapes import OPS
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import settled, taking, widths
+from conftest import settled, taking, ways
 from torch import Tensor, nn
 
 import fastblocks
@@ -314,8 +314,8 @@ def test_a_pool_makes_its_stem_row_by_row(tier: str, threads: int, window: tuple
                     x[0, 1, :5, 0] = torch.nan
                     want = one_by_one(layers, x)
                     assert want.isnan().any()
-                    for split in 2 * widths(tier):
-                        with taking(split):
+                    for way in 2 * ways(tier):
+                        with taking(way):
                             torch.testing.assert_close(layers(x), want, rtol=0, atol=0, equal_nan=True)
     finally:
         torch.set_num_threads(before)

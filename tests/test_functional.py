@@ -19,7 +19,7 @@ from conftest import (
     significant_strides,
     stock,
     taking,
-    widths,
+    ways,
 )
 from torch import Tensor
 
@@ -194,12 +194,13 @@ def test_whole_numbers_are_exact_in_every_channel_count(tier: str) -> None:
 def test_half_vectors_of_channels_are_exact(tier: str) -> None:
     """With AVX-512 a panel may end in half a vector, which two pixels share: from 16 pixels on, in any product.
 
-    On a core that splits its vectors such a panel is half vectors throughout.
+    Where a core has no pipe to spare for that it is a whole vector; where it splits its vectors, half vectors
+    throughout.
 
     Sums of 5 and 18 have the scale in their weights where the map is large; a stem's rows are 20 pixels wide.
     """
-    for split in widths(tier):
-        with taking(split):
+    for way in ways(tier):
+        with taking(way):
             _half_vectors()
 
 
@@ -306,8 +307,8 @@ def test_empty_batches(tier: str) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_and_infinity_in_every_lane(tier: str, activation: str | None) -> None:
     """As torch's forward, wherever they stand: the value depends on no length and no tail."""
-    for split in widths(tier):
-        with taking(split):
+    for way in ways(tier):
+        with taking(way):
             _nan_and_infinity_in_every_lane(activation)
 
 
@@ -392,8 +393,8 @@ def test_repeated_runs_are_equal_bit_for_bit_at_any_thread_count(tier: str) -> N
         for count in (1, 2, 3, 1):
             torch.set_num_threads(count)
             with running(tier):
-                for split in widths(tier):
-                    with taking(split):
+                for way in ways(tier):
+                    with taking(way):
                         fused = [F.inverted_residual(x, *records, residual=True) for x, records in blocks]
                         outputs.append([*fused, F.global_avg_pool(blocks[0][0])])
     finally:

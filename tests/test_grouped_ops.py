@@ -97,6 +97,16 @@ def test_more_than_one_step(tier: str) -> None:
         torch.set_num_threads(former)
 
 
+def test_results_beyond_the_caches(tier: str) -> None:
+    """Where so much is written, the last groups fetch the lines that it goes to."""
+    for groups, fan, out in ((2, 3, 99), (3, 5, 66), (8, 12, 48)):
+        conv = integer_record(groups * out, fan, bias=True)
+        x = integers(3, groups * fan, 31, 31).contiguous(memory_format=CL)
+        y = F.grouped_pointwise_conv_bn_act(x, conv, groups=groups, shuffle=groups, activation="relu")
+        assert y.numel() > 1 << 19
+        assert torch.equal(y, nn.ChannelShuffle(groups)(torch.relu(stock(x, conv, groups))))
+
+
 def test_the_residual_comes_before_the_shuffle(backend: str) -> None:
     x = torch.zeros(1, 4, 1, 1)
     conv = ConvBN(torch.zeros(4, 2, 1, 1))

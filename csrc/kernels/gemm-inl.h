@@ -101,7 +101,8 @@ inline void gemm_panel(TileRun t, int64_t pixels, int vectors, const Range& soon
     const TileFunctions& f = tile_functions(size, vectors);
     (plain ? f.by_finish[(int)finish] : f.any)(t, count);
   };
-  const bool halves = halves_pay(t, pixels, vectors), split = halves && split_vectors(), pairs = halves && !split;
+  const bool halves = halves_pay(t, pixels, vectors);
+  const bool split = halves && vector_pipes() == Pipes::kHalves, pairs = halves && vector_pipes() == Pipes::kSeparate;
   // 5 x 2 accumulators lose less between tiles than 6 x 2, which only a long sum repays.
   const int most = split   ? most_split(vectors - 1)
                    : pairs ? 2 * most_pairs(vectors - 1)

@@ -1,5 +1,6 @@
 // A panel of one or two vectors and a half of channels, two pixels at a time: the halves of both make one vector. A panel of 24
-// channels then takes three multiply-adds for two pixels instead of four, one of 40 channels five instead of six.
+// channels then takes three multiply-adds for two pixels instead of four, one of 40 channels five instead of six. The halves of
+// the pixels' values are blended at each step: where that takes the pipe of a multiply-add, nothing is gained (Pipes::kShared).
 #pragma once
 
 #include "tiles-inl.h"

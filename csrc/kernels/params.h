@@ -8,8 +8,13 @@
 
 namespace fastblocks {
 
-// Whether the CPU works on the widest vectors by halves (dispatch.cpp).
-bool split_vectors();
+// How the CPU works on the widest vectors (dispatch.cpp), by which tiles are chosen; results are the same.
+enum class Pipes {
+  kShared,    // whole; blending two of them takes a pipe that multiplies
+  kSeparate,  // whole; there are other pipes to blend
+  kHalves,    // by halves
+};
+Pipes vector_pipes();
 
 // One BatchNorm and the bias of the convolution before it, as pointers to their `channels` values; any may be null.
 struct BatchNorm {

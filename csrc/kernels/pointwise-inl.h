@@ -36,11 +36,18 @@ FASTBLOCKS_INLINE void pointwise_group(const PointwiseParams& p, int64_t group, 
   gemm(left, pixels, product.channels, begin, end, e, to, soon, next);
 }
 
+// A result of as many floats is written to lines that are in no core's own cache.
+constexpr int64_t kFarFloats = 512 * 1024;
+
 // All groups' panels [begin, end) of some pixels, in steps. A pixel's channels lie apart, a group's a few lines: no prefetcher
-// of the hardware follows them, so each step fetches the next one's whole pixels.
+// of the hardware follows them, so each step fetches the next one's whole pixels; and where more is written than read, its
+// last groups fetch the lines that its own result goes to, which would else be waited for all at once.
 inline void pointwise_groups(const PointwiseParams& p, int64_t first, int64_t limit, int64_t begin, int64_t end,
                              float* scratch) {
   const Panels panels(pointwise_product(p).channels);
+  const bool fetch_result = p.out_channels > p.in_channels && p.out_stride == p.out_channels && begin == 0 &&
+                            panels.count <= p.step_panels && p.pixels * p.out_channels > kFarFloats;
+  const int64_t readers = fetch_result ? larger(1, p.groups * p.in_channels / (p.in_channels + p.out_channels)) : p.groups;
   for (int64_t m = first; m < limit; m += p.step_pixels) {
     const int64_t pixels = smaller(p.step_pixels, limit - m), behind = smaller(p.step_pixels, p.pixels - m - pixels);
     const Range next = {behind > 0 ? p.x + (m + pixels) * p.x_stride : nullptr, behind * p.x_stride};
@@ -57,9 +64,10 @@ inline void pointwise_groups(const PointwiseParams& p, int64_t first, int64_t li
       // A group's padding is overwritten by the group behind it.
       const int64_t width = panels.first_channel(panel_end - 1) + panels.valid(panel_end - 1) - channel;
       const int64_t all = p.groups * width, stride = shuffle_stride(all);
+      const Range result = {p.out + m * p.out_stride, pixels * p.out_stride};
       for (int64_t g = 0; g < p.groups; ++g)
         pointwise_group(p, g, m, pixels, panel, panel_end, {scratch + g * width - channel, stride, nullptr}, !p.residual,
-                        soon.part(g, p.groups), kPanelBehind);
+                        g < readers ? soon.part(g, readers) : result.part(g - readers, p.groups - readers), kPanelBehind);
       for (int64_t i = 0; i < pixels; ++i)
         interleave_streams<true>(scratch + i * stride, all / p.shuffle, p.shuffle, 0, all,
                                  p.out + (m + i) * p.out_stride + channel * p.groups);

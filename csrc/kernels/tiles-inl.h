@@ -16,7 +16,7 @@ constexpr FASTBLOCKS_INLINE int max_tile_pixels(int vectors) {
 // The most pixels that a product's tiles take. A core that splits its vectors (Zen 4) has fewer registers to rename them to:
 // there half a tile loses less before the next, and its stores come more evenly.
 FASTBLOCKS_INLINE int tile_pixels(int vectors) {
-  if (kRegisters == 32 && vectors == 2 && split_vectors()) return max_tile_pixels(vectors) / 2;
+  if (kRegisters == 32 && vectors == 2 && vector_pipes() == Pipes::kHalves) return max_tile_pixels(vectors) / 2;
   return max_tile_pixels(vectors);
 }
 
