@@ -22,6 +22,8 @@ class Op(NamedTuple):
     first: tuple[Any, ...] = ()
     least: tuple[int, int] = (1, 1)
     """Smallest height and width of an input."""
+    any_channels: bool = False
+    """Whether one call site serves any number of channels."""
 
 
 class Fused(HasSites, nn.Module):
@@ -157,7 +159,13 @@ class Fused(HasSites, nn.Module):
         ]
         modules = modules_of(units, self, tuple(module for _, module in containers))
         self.__dict__["_site"] = site.make(
-            op.name, x, arguments, modules, least=op.least, differentiates=isinstance(chained, str)
+            op.name,
+            x,
+            arguments,
+            modules,
+            least=op.least,
+            any_channels=op.any_channels,
+            differentiates=isinstance(chained, str),
         )
         return result
 

@@ -13,7 +13,7 @@ from fastblocks.functional import site
 from fastblocks.layers import again, train
 from fastblocks.layers.base import Fused
 from fastblocks.layers.fuse import HasSites, Unit, hooks_of, watched
-from fastblocks.layers.head import GLOBAL_AVG_POOL, POOL, Classifier, Linear, global_avg_pool
+from fastblocks.layers.head import GLOBAL_AVG_POOL, Classifier, Linear, global_avg_pool
 from fastblocks.layers.train import layer_reason
 
 
@@ -40,7 +40,8 @@ def _joined(owner: nn.Module, children: Iterable[Any], classifier: Any = None) -
     tables = tuple(module._modules for module in (owner, *containers))
     head = () if classifier is None else (classifier,)
     states = [module.__dict__ for module in (*containers, *layers, *head)]
-    sites = [layer.__dict__ for layer in layers] + [state for module in head for state in (POOL, module.__dict__)]
+    ends = (GLOBAL_AVG_POOL, *head) if head else ()
+    sites = [module.__dict__ for module in (*layers, *ends)]
     return site.chain(sites, site.Modules(tables, states, hooks_of(states)))
 
 

@@ -16,29 +16,6 @@ from fastblocks.layers.fuse import HasSites, Unit, global_hooks, hooks_of, input
 from fastblocks.layers.train import Builder
 
 _TYPES = [nn.Dropout, nn.Linear]
-POOL: dict[str, Any] = {"_site": None}
-"""The call site of the pooling, where a chain looks for it."""
-
-
-def global_avg_pool(x: Any) -> Any:
-    """Mean over height and width: ``(N, C, H, W)`` to ``(N, C)``, by the op where torch would notice no difference.
-
-    Example:
-        >>> import torch
-        >>> global_avg_pool(torch.ones(2, 3, 7, 7)).shape
-        torch.Size([2, 3])
-    """
-    call = None if is_compiling() else POOL["_site"]
-    y = None if call is None else call(x)
-    if y is None:
-        if input_reason(x) is not None or x.dim() != 4:
-            y = F.adaptive_avg_pool2d(x, (1, 1))
-        elif is_compiling():
-            y = functional.global_avg_pool(x)
-        else:
-            y = site.check_and_call("global_avg_pool", (x,), (x,))
-            POOL["_site"] = site.make("global_avg_pool", x, (), site.Modules(), any_channels=True)
-    return y.flatten(1)
 
 
 class GlobalAvgPool(Fused):
@@ -54,7 +31,7 @@ class GlobalAvgPool(Fused):
         return ()
 
     def _op(self, units: tuple[Unit, ...]) -> Op | str:
-        return Op("global_avg_pool", ())
+        return Op("global_avg_pool", (), any_channels=True)
 
     def _describe(self, builder: Builder, value: int, units: tuple[Unit, ...]) -> int:
         return builder.mean(value)
@@ -64,7 +41,18 @@ class GlobalAvgPool(Fused):
 
 
 GLOBAL_AVG_POOL = GlobalAvgPool()
-"""The one that all networks share."""
+"""The one that all networks share, with its call site."""
+
+
+def global_avg_pool(x: Any) -> Any:
+    """Mean over height and width: ``(N, C, H, W)`` to ``(N, C)``, by the op where torch would notice no difference.
+
+    Example:
+        >>> import torch
+        >>> global_avg_pool(torch.ones(2, 3, 7, 7)).shape
+        torch.Size([2, 3])
+    """
+    return GLOBAL_AVG_POOL.forward(x).flatten(1)
 
 
 def _run_linear(x: Tensor, linear: nn.Module, modules: site.Modules) -> tuple[Tensor, site.Site | None]:
