@@ -118,7 +118,7 @@ def cell(contest: Result, name: str) -> str:
 
 def training(files: Sequence[str]) -> str:
     """The table of training steps, a column a file."""
-    results = read(files, "batch", "resolution")
+    results = read(files, "batch", "resolution", "rounds", "steps")
     first = results[0]
     titles = {"fastblocks": "fastblocks", "eager": "torch eager", "channels_last": "torch eager, channels_last"}
     titles |= {"compile": "torch.compile", "compile_channels_last": "torch.compile, channels_last"}
@@ -127,7 +127,8 @@ def training(files: Sequence[str]) -> str:
     table["peak memory, of channels_last's"] = [ratio(row.get("peak_of_channels_last")) for row in own]
     side = first["resolution"]
     head = f"{machine(first['facts'], first['threads'])}, batch {first['batch']}, {side}x{side}:"
-    lines = [head, "`python benchmarks/train_step.py --model NAME --memory`.", ""]
+    how = f"{counted(first['rounds'], 'round')} of {counted(first['steps'], 'step')}"
+    lines = [head, f"`python benchmarks/train_step.py --model NAME --memory`, {how}.", ""]
     return "\n".join([*lines, *rows_of("training step", [result["model"] for result in results], table)])
 
 

@@ -82,7 +82,8 @@ def written(tmp_path: Path) -> Callable[..., str]:
 def step(model: str, times: dict[str, list[float]], tuned: bool = False, **more: Any) -> dict[str, Any]:
     """What train_step.py writes."""
     rows = [{"mode": mode, "ms": statistics.median(ms), "times": ms, **more} for mode, ms in times.items()]
-    return {"model": model, "batch": 16, "resolution": 224, "malloc_tuned": tuned, "rows": rows}
+    setting = {"model": model, "batch": 16, "resolution": 224, "rounds": 3, "steps": 1, "malloc_tuned": tuned}
+    return {**setting, "rows": rows}
 
 
 def run_of_networks(batch: int, faster: dict[str, float]) -> dict[str, Any]:
@@ -143,6 +144,7 @@ def test_what_is_not_known_is_a_dash(readme: Any, written: Callable[..., str]) -
     table = readme.training([file]).splitlines()
     assert "| fastblocks | - |" in table and "| torch eager | 4.00 |" in table
     assert "| peak memory, of channels_last's | - |" in table
+    assert table[1].endswith(", 3 rounds of 1 step.")
     row = {"name": "eager", "title": "torch eager", "milliseconds": 4.0, "fastblocks_takes": None, "share_of_peak": 0.5}
     contest = {"model": "net", "batch": 1, "threads": 1, "rounds": 3, "fastblocks_takes_of_best_engine": None}
     text = readme.inference([written("bench.json", command="x", contests=[{**contest, "rows": [row]}])])
